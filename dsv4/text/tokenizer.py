@@ -18,10 +18,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-CONTROL = (
-    "<｜fim▁hole｜> <｜fim▁begin｜> <｜fim▁end｜> <｜User｜> <｜Assistant｜> <think> </think> ｜DSML｜ <｜latest_reminder｜> "
-    "<｜action｜> <｜query｜> <｜authority｜> <｜domain｜> <｜title｜> <｜extracted_url｜> <｜read_url｜>"
-).split()
+FIM = ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"]
+CHAT = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>"]
+TASKS = ["<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>"]
+CONTROL = [*FIM, *CHAT, *TASKS, "<｜extracted_url｜>", "<｜read_url｜>"]
 """Control tokens of a tokenizer trained here, besides BOS, EOS and pad, in the order of the official ids."""
 
 DIGITS = {"single": r"\p{N}", "triples": r"\p{N}{1,3}"}
