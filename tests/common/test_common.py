@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -154,3 +156,22 @@ def test_runconfig_errors_name_the_key(tmp_path: Path, text: str, overrides: lis
 def test_metrics_rows_are_json_lines(tmp_path: Path) -> None:
     MetricsLog(tmp_path / "m").write(step=1, note="é")
     assert json.loads((tmp_path / "m").read_text()) == {"step": 1, "note": "é"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_freed_memory_is_kept() -> None:
+    script = """
+import resource
+import torch
+from dsv4.common.memory import keep_freed_memory
+kept = keep_freed_memory()
+a = torch.ones(4 << 20)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    a + 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(kept, faults())
+"""
+    kept, faults = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert kept == "False" or int(faults) < 100, f"{faults} page faults for a tensor of 4096 pages"
