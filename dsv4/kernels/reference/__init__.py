@@ -1,0 +1,1 @@
+"""Plain torch, forward and backward: the specification of every kernel."""

@@ -1,0 +1,40 @@
+"""Norm and rotation: the two small operations around every projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [..., C] any float dtype -> same; computed in float32 with one cast at the end (model card B.0)."""
+    return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    r = 2 * angles.shape[-1]
+    out = x.clone(memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(out[..., -r:].float().unflatten(-1, (-1, 2)))
+    out[..., -r:] = torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
+        ctx.save_for_backward(angles)
+        return _rotated(x, angles)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _rotated(grads[0], ctx.saved_tensors[0].conj()), None  # a rotation's transpose is its inverse
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Interleaved RoPE on the last 2R channels (report 2.3.3): channels (2i, 2i+1) turn as one complex number.
+
+    x [..., C] any float dtype; angles complex64 [..., R] of unit magnitude, broadcastable. Pass ``angles.conj()`` to undo.
+    """
+    return _Rotate.apply(x, angles)

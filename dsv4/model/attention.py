@@ -1,0 +1,163 @@
+"""Hybrid attention (report 2.3): a 128-token window in every layer, joined under one softmax by compressed entries,
+either all of them (HCA) or the indexer's choice (CSA).
+
+B rows, T tokens, H heads, d = head_dim, E entries, K = index_topk, W = window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv4.config import Config, Layer
+from dsv4.kernels import joint_attention, rms_norm, rotate, top_mask
+from dsv4.model.compressor import Compressor, Norm
+from dsv4.model.indexer import Indexer, index_loss
+from dsv4.model.plan import Plan
+from dsv4.model.state import LayerState
+
+_SCRATCH_FLOATS = 1 << 24  # scratch of one piece of queries when no gradient is wanted: 64 MiB of float32
+
+
+@dataclass
+class Trace:
+    """What training collects on the way through. ``indexer``: "off" attends to every visible entry, "warmup" also, and
+    trains only the indexer; "sparse" attends to the top-k and trains the indexer on them."""
+
+    indexer: str
+    index_losses: list[Tensor] = field(default_factory=list)
+    balance_losses: list[Tensor] = field(default_factory=list)
+    load: list[Tensor] = field(default_factory=list)
+
+
+class Attention(nn.Module):
+    """Parameters carry the checkpoint's names. wo_a is [o_groups * o_lora_rank, H / o_groups * d]."""
+
+    def __init__(self, config: Config, layer: Layer) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, d, rank, eps = config.num_attention_heads, config.head_dim, config.q_lora_rank, config.rms_norm_eps
+        self.wq_a = nn.Linear(config.hidden_size, rank, bias=False)
+        self.q_norm = Norm(rank, eps)
+        self.wq_b = nn.Linear(rank, heads * d, bias=False)
+        self.wkv = nn.Linear(config.hidden_size, d, bias=False)
+        self.kv_norm = Norm(d, eps)
+        self.attn_sink = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.wo_a = nn.Linear(heads // config.o_groups * d, config.o_groups * config.o_lora_rank, bias=False)
+        self.wo_b = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
+        if layer.compress_ratio:
+            self.compressor = Compressor(config, layer, d)
+        if layer.indexer:
+            self.indexer = Indexer(config, layer)
+
+    def forward(self, h: Tensor, plan: Plan, memory: LayerState | None, trace: Trace | None) -> Tensor:
+        """h [B, T, D] (normed) -> [B, T, D]."""
+        angles = plan.angles[self.layer.rope]
+        latent = self.q_norm(self.wq_a(h))
+        q = self.wq_b(latent).unflatten(-1, (-1, self.config.head_dim))
+        q = rotate(rms_norm(q, None, self.config.rms_norm_eps), angles.unsqueeze(-2))
+        kv = rotate(self.kv_norm(self.wkv(h)), angles)  # one head: keys and values are the same rows
+        o = self._attend(q, kv, h, latent, plan, memory, trace)
+        return self._project(rotate(o, angles.conj().unsqueeze(-2)))
+
+    def _project(self, o: Tensor) -> Tensor:
+        """Grouped output projection (report 2.3.1): consecutive heads form a group. [B, T, H, d] -> [B, T, D]."""
+        groups = self.config.o_groups
+        grouped = o.reshape(-1, groups, o.shape[2] // groups * o.shape[3]).transpose(0, 1)
+        low = torch.bmm(grouped, self.wo_a.weight.view(groups, self.config.o_lora_rank, -1).mT)
+        return self.wo_b(low.transpose(0, 1).reshape(*o.shape[:2], -1))
+
+    def _attend(
+        self, q: Tensor, kv: Tensor, h: Tensor, latent: Tensor, plan: Plan, memory: LayerState | None, trace: Trace | None
+    ) -> Tensor:
+        """The core, in pieces of queries so that scratch memory does not grow with T (one piece when gradients flow)."""
+        layer, tokens = self.layer, q.shape[1]
+        entries = index = None
+        if layer.compress_ratio:
+            entries = self.compressor(h, plan, memory and memory.kv)
+        learn = trace is not None and trace.indexer != "off" and (torch.is_grad_enabled() or trace.indexer == "warmup")
+        if layer.indexer and (trace is None or trace.indexer != "off"):
+            with torch.set_grad_enabled(learn):
+                # Detached inputs: the indexer learns from its own loss alone, the model from the language loss alone.
+                h, latent = h.detach(), latent.detach()
+                keys = self.indexer.keys(h, plan, memory and memory.index)
+                index = (keys, *self.indexer.queries(h, latent, plan.angles[layer.rope]))
+        ring = memory is not None and tokens == 1 and plan.valid is None  # decoding: read the ring where it lies
+        window = self._window(kv, plan, memory, ring)
+        outputs: list[Tensor] = []
+        losses: list[tuple[Tensor, Tensor]] = []
+        for start, stop, block in self._pieces(tokens, entries):
+            far = far_mask = scores = None
+            if entries is not None and entries.shape[1]:
+                far, far_mask = entries, plan.entries[layer.compress_ratio].visible(start, stop)
+                if index is not None:
+                    with torch.set_grad_enabled(learn):
+                        picked = (index[0], index[1][:, start:stop], index[2][:, start:stop])
+                        scores = self._score(far_mask, picked, trace)
+                    if scores is not None and (trace is None or trace.indexer == "sparse"):
+                        far, far_mask, scores = self._select(far, far_mask, scores)
+            reach = plan.reach[:, start:stop, None]
+            if ring:
+                near, near_mask = window, torch.arange(layer.window, device=q.device) <= reach
+            else:
+                blocks = window[:, start : stop + layer.window].unfold(1, layer.window + block, block)
+                near = blocks.mT.reshape(-1, layer.window + block, kv.shape[-1])
+                i, j = torch.arange(stop - start, device=q.device) % block, torch.arange(layer.window + block, device=q.device)
+                back = i[:, None] + layer.window - j
+                near_mask = (back >= 0) & (back <= reach)
+            out, p_far = joint_attention(q[:, start:stop], near, near_mask, far, far_mask, self.attn_sink, q.shape[-1] ** -0.5)
+            outputs.append(out)
+            if learn and scores is not None and p_far is not None and far_mask is not None:
+                with torch.enable_grad():
+                    losses.append(index_loss(scores, p_far.sum(2), far_mask))
+        if trace is not None and losses:
+            trace.index_losses.append(sum(loss for loss, _ in losses) / sum(count for _, count in losses).clamp(min=1))
+        if memory is not None and not ring:
+            memory.window.write(kv, plan)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _score(self, visible: Tensor, index: tuple[Tensor, Tensor, Tensor], trace: Trace | None) -> Tensor | None:
+        """Index scores float32 [B, t, E], or None where nothing needs them: every visible entry fits into the top-k."""
+        if trace is None and visible.shape[-1] <= self.config.index_topk:
+            return None
+        keys, q, weights = index
+        return Indexer.score(q, weights, keys)
+
+    def _select(self, far: Tensor, visible: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Top-k (eq. 17). Up to twice K entries a mask is cheaper than moving rows; beyond that each query's K rows are
+        gathered, so the cost follows the window and K, not the context. Returns keys, mask and scores alike in shape."""
+        batch, count, k = *far.shape[:2], self.config.index_topk
+        top = top_mask(scores.detach().masked_fill(~visible, -torch.inf), k)
+        if count <= 2 * k:
+            return far, top & visible, scores
+        index = top.nonzero()[:, -1].view(*top.shape[:2], k)
+        row = torch.arange(batch, device=far.device)[:, None, None] * count
+        gathered = F.embedding(row + index, far.flatten(0, 1)).flatten(0, 1)  # [B * t, K, d]
+        return gathered, visible.gather(-1, index), scores.gather(-1, index)
+
+    def _pieces(self, tokens: int, entries: Tensor | None) -> list[tuple[int, int, int]]:
+        """(start, stop, window block): whole blocks first, then one shorter block for the rest."""
+        config, window = self.config, self.layer.window
+        block = max(window // 2, 1)
+        whole = tokens - tokens % block
+        chunk = max(whole, 1)
+        if not torch.is_grad_enabled():
+            seen = 0 if entries is None else entries.shape[1]
+            per_query = config.num_attention_heads * (2 * window + min(seen, 2 * config.index_topk if self.layer.indexer else seen))
+            if self.layer.indexer:  # scores over all entries, and K rows gathered per query
+                per_query += config.index_n_heads * seen + min(seen, config.index_topk) * config.head_dim
+            chunk = max(_SCRATCH_FLOATS // per_query // block, 1) * block
+        pieces = [(start, min(start + chunk, whole), block) for start in range(0, whole, chunk)]
+        return pieces + ([(whole, tokens, tokens - whole)] if whole < tokens else [])
+
+    def _window(self, kv: Tensor, plan: Plan, memory: LayerState | None, ring: bool) -> Tensor:
+        """Window rows in front of the new ones [B, W + T, d]; for one token of decoding the ring itself [B, W, d]."""
+        if memory is None:
+            return F.pad(kv, (0, 0, self.layer.window, 0))
+        if ring:
+            memory.window.write_one(kv, plan)
+            return memory.window.rows
+        return torch.cat((memory.window.ordered(plan.before), kv), 1)

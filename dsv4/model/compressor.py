@@ -1,0 +1,78 @@
+"""Token-level compression (report eqs. 9-12 and 20-23): m tokens become one entry, per channel by a learned softmax."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv4.config import Config, Layer
+from dsv4.kernels import rms_norm, rotate
+from dsv4.model.plan import Plan
+from dsv4.model.state import Compression
+
+
+class Norm(nn.Module):
+    """An RMS norm's weight, float32 [dim], under the checkpoint's name ``*.weight``."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Compressor(nn.Module):
+    """Entries of width ``dim``. With overlap (CSA) each projection has two halves and an entry pools 2 m slots: the first
+    half of the previous window's tokens and the second half of the current window's."""
+
+    def __init__(self, config: Config, layer: Layer, dim: int) -> None:
+        super().__init__()
+        self.ratio, self.overlap, self.dim = layer.compress_ratio, layer.overlap, dim
+        width = 2 * dim if layer.overlap else dim
+        self.wkv = nn.Linear(config.hidden_size, width, bias=False)
+        self.wgate = nn.Linear(config.hidden_size, width, bias=False)
+        self.ape = nn.Parameter(torch.zeros(self.ratio, width, dtype=torch.float32))
+        self.norm = Norm(dim, config.rms_norm_eps)
+
+    def forward(self, h: Tensor, plan: Plan, memory: Compression | None) -> Tensor:
+        """h [B, T, D] -> every entry of the sequences so far [B, count, dim], rotated to each entry's first token."""
+        entries = plan.entries[self.ratio]
+        kv = F.linear(h.float(), self.wkv.weight.float())
+        gate = F.linear(h.float(), self.wgate.weight.float()) + self.ape[plan.position % self.ratio]
+        # Per half its values and gates side by side: [kv A, gate A, kv B, gate B], or [kv, gate] without overlap.
+        new = torch.cat([half for pair in zip(kv.split(self.dim, -1), gate.split(self.dim, -1)) for half in pair], -1)
+        if memory is None:
+            return self._entries(new, entries.last, h.dtype, plan)
+        size = memory.tail.rows.shape[1]
+        if h.shape[1] == 1 and plan.valid is None:  # decoding: the ring holds whatever an entry completed now needs
+            memory.tail.write_one(new, plan)
+            if not entries.last.shape[1]:
+                return memory.history.rows[:, : entries.count]
+            rows, last = memory.tail.ordered(plan.before + 1), entries.last + size - 1
+        else:
+            rows, last = torch.cat((memory.tail.ordered(plan.before), new), 1), entries.last + size
+            memory.tail.write(new, plan)
+        return memory.history.append(self._entries(rows, last, h.dtype, plan), entries)
+
+    def _entries(self, rows: Tensor, last: Tensor, dtype: torch.dtype, plan: Plan) -> Tensor:
+        """rows float32 [B, S, :] projected tokens; last int64 [B, n] where each entry's last token stands in them -> [B, n, dim]."""
+        m, dim, entries = self.ratio, self.dim, plan.entries[self.ratio]
+        row = torch.arange(last.shape[0], device=last.device)[:, None, None] * rows.shape[1]
+        window = last[..., None] - torch.arange(m - 1, -1, -1, device=last.device)
+
+        def take(index: Tensor, part: Tensor) -> Tensor:
+            # As an embedding: its backward adds whole rows, an advanced index's goes element by element.
+            return F.embedding(row + index, part.flatten(0, 1))
+
+        kv, gate = take(window, rows[..., -2 * dim :]).split(dim, -1)  # [B, n, m, dim]
+        if self.overlap:
+            old_kv, old_gate = take((window - m).clamp(min=0), rows[..., : 2 * dim]).split(dim, -1)
+            # A sequence's first entry has no previous window: value 0, gate -inf.
+            early = (plan.position.gather(1, entries.last) < 2 * m - 1)[..., None, None]
+            kv = torch.cat((old_kv.masked_fill(early, 0), kv), 2)
+            gate = torch.cat((old_gate.masked_fill(early, -torch.inf), gate), 2)
+        pooled = (torch.softmax(gate, 2) * kv).sum(2)
+        return rotate(self.norm(pooled.to(dtype)), entries.angles)
