@@ -5,6 +5,7 @@ A command's module imports only typer and the standard library at its top, so th
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import re
@@ -15,10 +16,14 @@ from typing import Any
 import typer
 
 import dsv4
-from dsv4.cli.doctor import doctor
 
-# In the order in which a reader meets them.
-COMMANDS: tuple[Callable[..., Any], ...] = (doctor,)
+# Module and command, in the order in which a reader meets them.
+_NAMES = "serve.serve chat.chat generate.generate train.train train.sft estimate.estimate inspect.inspect doctor.doctor"
+COMMANDS: tuple[Callable[..., Any], ...] = tuple(
+    getattr(importlib.import_module(f"dsv4.cli.{name.split('.')[0]}"), name.split(".")[1])
+    for name in _NAMES.split()
+    if importlib.util.find_spec(f"dsv4.cli.{name.split('.')[0]}")
+)
 
 app = typer.Typer(
     name="dsv4",
@@ -27,6 +32,7 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 
