@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from dsv4.checkpoint.inventory import TensorSpec, inventory
+from dsv4.checkpoint.reader import load
+from dsv4.checkpoint.writer import save
 
-__all__ = ["TensorSpec", "inventory"]
+__all__ = ["TensorSpec", "inventory", "load", "save"]
