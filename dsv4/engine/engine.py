@@ -29,7 +29,7 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any, chunk: int = 512) -> None:
         self.model, self.tokenizer, self.chunk = model.eval(), tokenizer, chunk
         self.config: Config = model.config
-        self.device = next(model.parameters()).device
+        self.device = model.device
         special = tokenizer.special
         self.stop_ids = frozenset({tokenizer.eos_id, special.get("<｜User｜>", tokenizer.eos_id)})
         self._thread = ThreadPoolExecutor(1, "dsv4-engine")
@@ -64,12 +64,18 @@ class Generation:
     logits_V       float32 [V], the scores from which the latest id was chosen.
     """
 
-    def __init__(self, engine: Engine, ids: Sequence[int], params: SamplingParams, cancelled: Callable[[], bool]) -> None:
+    def __init__(
+        self, engine: Engine, ids: Sequence[int], params: SamplingParams, cancelled: Callable[[], bool]
+    ) -> None:
         room = engine.context - len(ids)
         if not ids or room < 1:
-            raise ValueError(f"a prompt of {len(ids)} tokens: it needs 1 to {engine.context - 1} (context {engine.context})")
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens: it needs 1 to {engine.context - 1} (context {engine.context})"
+            )
         if not 0 <= min(ids) <= max(ids) < engine.config.vocab_size:
-            raise ValueError(f"token ids {min(ids)}..{max(ids)} exceed the model's vocabulary of {engine.config.vocab_size}")
+            raise ValueError(
+                f"token ids {min(ids)}..{max(ids)} exceed the model's vocabulary of {engine.config.vocab_size}"
+            )
         self.engine, self.params, self.cancelled = engine, params, cancelled
         self.limit = min(room, params.max_tokens or room)
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
@@ -86,23 +92,22 @@ class Generation:
         with torch.inference_mode():
             if self._state is None:
                 self._state = self.engine.model.new_state(batch=1)
-            logits_BTV = self.engine.model(torch.tensor([chunk], device=self.engine.device), self._state)
+            logits_BV = self.engine.model.last_logits(torch.tensor([chunk], device=self.engine.device), self._state)
             if self._pending:
                 return None
-            self.logits_V = logits_BTV[0, -1].float()
+            self.logits_V = logits_BV[0, : self.engine.tokenizer.vocab_size]
             draw = uniform(self.seed, self.prompt_tokens + self.completion_tokens)
             return sample(self.logits_V, self.params.temperature, self.params.top_p, draw)
 
-    def _accept(self, id: int | None) -> bool:
-        """Whether `id` belongs to the answer; notes why the answer ends."""
-        if id is None:
-            return False
+    def _accept(self, id: int | None) -> int | None:
+        """`id` if it belongs to the answer; notes why the answer ends."""
         if id in self.stop_ids:
             self.finish_reason = "stop"
-            return False
-        self._pending = [id]
-        self.completion_tokens += 1
-        return True
+            return None
+        if id is not None:
+            self._pending = [id]
+            self.completion_tokens += 1
+        return id
 
     def _goes_on(self) -> bool:
         if self.finish_reason is None and self.cancelled():
@@ -113,14 +118,12 @@ class Generation:
 
     def __iter__(self) -> Iterator[int]:
         while self._goes_on():
-            id = self.engine.submit(self._step).result()
-            if self._accept(id):
-                assert id is not None
+            id = self._accept(self.engine.submit(self._step).result())
+            if id is not None:
                 yield id
 
     async def __aiter__(self) -> AsyncIterator[int]:
         while self._goes_on():
-            id = await asyncio.wrap_future(self.engine.submit(self._step))
-            if self._accept(id):
-                assert id is not None
+            id = self._accept(await asyncio.wrap_future(self.engine.submit(self._step)))
+            if id is not None:
                 yield id

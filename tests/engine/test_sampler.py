@@ -37,7 +37,9 @@ def test_uniform_depends_on_seed_and_position_alone() -> None:
     assert abs(float(draws.mean()) - 0.5) < 3 * (1 / 12 / 2000) ** 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 2.1}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 2.1}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}]
+)
 def test_bad_parameters_name_the_value(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         SamplingParams(**wrong)  # type: ignore[arg-type]
