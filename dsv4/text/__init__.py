@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from dsv4.text.errors import RequestError
+from dsv4.text.prompt import encode_messages, render, render_ids, render_training
+from dsv4.text.request import Settings, settings, validate
 from dsv4.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "RequestError",
+    "Settings",
+    "Tokenizer",
+    "encode_messages",
+    "load_tokenizer",
+    "render",
+    "render_ids",
+    "render_training",
+    "settings",
+    "train_tokenizer",
+    "validate",
+]
