@@ -1,0 +1,71 @@
+"""Procedural tasks with verifiers, in three effort modes, and their rendering as training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dsv4.common.seeds import rng as counter_rng
+from dsv4.data.tasks import arithmetic, lists, recall, strings, tools
+from dsv4.data.tasks.chat import conversation
+from dsv4.data.tasks.item import LEVELS, MODES, Family, Item, verify, verify_call
+from dsv4.data.tasks.tools import calculate
+from dsv4.text import Tokenizer, render_training
+
+__all__ = [
+    "FAMILIES", "LEVELS", "MODES", "Family", "Item", "calculate", "conversation", "evaluation_items", "sft_samples",
+    "training_requests", "verify", "verify_call",
+]  # fmt: skip
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for room in (arithmetic, strings, lists, recall, tools)
+    for family in room.FAMILIES
+}  # fmt: skip
+
+CHAT_SHARE = 0.1
+SYSTEM_SHARE = 0.1
+_SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant", "Be brief.", "Answer briefly.")
+
+
+def training_requests(seed: int, count: int, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]]:
+    """`count` bodies with the assistant's turns: nine tenths tasks of every family, level and mode, the rest plain
+    conversation. Sample number n is a function of (seed, n) alone."""
+    names = list(FAMILIES)
+    for number in range(count):
+        rng = counter_rng(seed, "sft", number)
+        mode = rng.choice(list(modes))
+        if rng.random() < CHAT_SHARE:
+            body = conversation(rng, mode)
+        else:
+            family = FAMILIES[rng.choice(names)]
+            body = family.sample(rng, rng.choice(list(LEVELS))).training_request(mode)
+            if rng.random() < CHAT_SHARE and "tools" not in body:  # a task in the midst of a conversation
+                body["messages"] = conversation(rng, "non-think")["messages"] + body["messages"]
+        if rng.random() < SYSTEM_SHARE:
+            body["messages"] = [{"role": "system", "content": rng.choice(_SYSTEMS)}, *body["messages"]]
+        yield body
+
+
+def sft_samples(
+    seed: int, count: int, tokenizer: Tokenizer, modes: Sequence[str] = MODES, dialect: str = "v4-preview"
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, mask) of `training_requests`, rendered by the codec that also serves: mask 1 on what is to be learned."""
+    for body in training_requests(seed, count, modes):
+        yield render_training(body, tokenizer, dialect)
+
+
+def evaluation_items(family: str, count: int, seed: int = 0) -> list[Item]:
+    """`count` items that training can not have seen (by the hash of their content), levels in turn, all different."""
+    if family not in FAMILIES:
+        raise ValueError(f"no task family {family!r}; there are {', '.join(FAMILIES)}")
+    items: dict[str, Item] = {}
+    number = 0
+    while len(items) < count and number < 100 * count:
+        level = LEVELS[number % len(LEVELS)]
+        item = FAMILIES[family].sample(counter_rng(seed, "evaluation", family, number), level, "evaluation")
+        items.setdefault(item.key, item)
+        number += 1
+    if len(items) < count:
+        raise ValueError(f"family {family} has only {len(items)} different evaluation items, {count} were asked for")
+    return list(items.values())
