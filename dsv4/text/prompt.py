@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dsv4.text import dialects
 from dsv4.text.dialects import ASSISTANT, DSML, END_THINK, REMINDER, TASKS, THINK, URL, USER, Dialect, get_dialect
 from dsv4.text.dsml import to_json, to_parameters
+from dsv4.text.errors import RequestError
 from dsv4.text.request import settings, validate
 from dsv4.text.strict import strict_schema
 from dsv4.text.tokenizer import BOS, EOS, Tokenizer
@@ -96,12 +97,18 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How to write turns: `keep` all reasoning, `generate` = end with a header for the model to go on from."""
+    """How to write turns.
+
+    keep      no reasoning is dropped
+    chat      every answer has a header, whatever stands before it (the encoder below the front-end writes none then)
+    generate  the end is a header, for the model to go on from
+    """
 
     dialect: Dialect
     thinking: bool
     effort: str
     keep: bool
+    chat: bool = False
     generate: bool = False
     forced_call: bool = False
 
@@ -131,7 +138,13 @@ def _request_pieces(request: dict[str, Any], dialect: Dialect, answered: bool) -
         turns[0].tools = list(chosen.tools)
     turns[0].format = _format(request.get("response_format") or {}, dialect)
     plan = _Plan(
-        dialect, chosen.thinking, dialect.effort[chosen.effort], bool(chosen.tools), not answered, chosen.forced_call
+        dialect,
+        chosen.thinking,
+        dialect.effort[chosen.effort],
+        keep=bool(chosen.tools),
+        chat=True,
+        generate=not answered,
+        forced_call=chosen.forced_call,
     )
     return list(_pieces(turns, plan, 0, bos=True))
 
@@ -152,7 +165,7 @@ def _pieces(turns: list[_Turn], plan: _Plan, first: int, bos: bool) -> Iterator[
             # Where a header is the answer's own, an answer is history as soon as another header follows.
             final = after is None and not plan.generate
             current = plan.keep or turn.unfinished or (index > last and (final or not dialect.header_at_answer))
-            if dialect.header_at_answer and not headed:
+            if plan.chat and not headed:
                 yield from _header(plan.thinking and current)
             to_task = before is not None and before.task is not None
             yield from _answer(turn, plan, reasoned=plan.thinking and current and not to_task)
@@ -252,7 +265,7 @@ def _turns(messages: Sequence[dict[str, Any]], dialect: Dialect, before: Sequenc
         turns.append(turn)
     for turn in turns:
         if turn.task is not None and turn.task not in TASKS:
-            raise ValueError(f"task {turn.task!r} is none of {', '.join(TASKS)}")
+            raise RequestError(f"task {turn.task!r} is none of {', '.join(TASKS)}")
     return turns
 
 

@@ -79,7 +79,7 @@ def settings(body: dict[str, Any]) -> Settings:
         effort=EFFORTS.get(effort or "high", "high"),
         tools=tuple(tools),
         forced_call=forced,
-        json=(body.get("response_format") or {}).get("type") in ("json_object", "json_schema"),
+        json=(body.get("response_format") or {}).get("type") == "json_object",
         stop=tuple([body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or ()),
         start="tools" if forced else "reasoning" if reasoning else "content",
         continues=continues,
