@@ -10,11 +10,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dsv4.checkpoint.inventory import UNQUANTISED
 from dsv4.checkpoint.layouts import Index, home, piece_shape, pieces
-from dsv4.checkpoint.shards import TORCH, Stored, listed, read_headers
+from dsv4.checkpoint.shards import TORCH, Stored, listed, read_headers, read_tensor
 from dsv4.config import Config
 from dsv4.model import Transformer
 from dsv4.model.costs import tensors
@@ -38,19 +37,16 @@ def load(path: str | Path, dtype: str = "float32", device: str | torch.device = 
     config = match(folder, config, places)
     model = Transformer(config, device="meta", dtype=getattr(torch, dtype)).to_empty(device=device)
     state = model.state_dict()
-    by_file: dict[Path, dict[str, list[tuple[str, Index]]]] = {}
-    for name, (stored, index) in places.items():
-        by_file.setdefault(stored.file, {}).setdefault(stored.name, []).append((name, index))
+    by_file: dict[Path, dict[Stored, list[tuple[str, Index]]]] = {}
+    for name, (spec, index) in places.items():
+        by_file.setdefault(spec.file, {}).setdefault(spec, []).append((name, index))
     for file, wanted in by_file.items():
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for stored_name, parts in wanted.items():
-                    data = shard.get_tensor(stored_name)
-                    for name, index in parts:
-                        parameter, position = home(name)
-                        state[parameter][position].copy_(data[index])
-        except SafetensorError as error:
-            raise ValueError(f"{file} is corrupt: {error}") from None
+        with file.open("rb") as stream:
+            for spec, parts in wanted.items():
+                data = read_tensor(spec, stream)
+                for name, index in parts:
+                    parameter, position = home(name)
+                    state[parameter][position].copy_(data[index])
     _check_tables(config, state)
     return model
 

@@ -1,4 +1,8 @@
-"""The safetensors files of a model folder: headers in, whole shards out. No tensor names are interpreted here."""
+"""The safetensors files of a model folder: headers and tensors in, whole shards out. Names mean nothing here.
+
+Tensors are read and written one at a time with plain file calls: a mapped file would count as resident memory, shard
+by shard, and a library call per shard would need the whole shard in memory to write it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,9 +30,10 @@ TORCH = {
 
 @dataclass(frozen=True)
 class Stored(TensorSpec):
-    """A tensor and the file that holds it."""
+    """A tensor, the file that holds it and its first byte there."""
 
     file: Path
+    offset: int
 
 
 def listed(names: Iterable[str]) -> str:
@@ -46,21 +52,31 @@ def read_header(file: Path) -> list[Stored]:
         raw = stream.read(length)
     found, end = [], 0
     try:
-        for name, entry in json.loads(raw).items():
-            if name == "__metadata__":
-                continue
+        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
-            spec = Stored(name, tuple(entry["shape"]), entry["dtype"], file)
+            spec = Stored(name, tuple(entry["shape"]), entry["dtype"], file, 8 + length + begin)
             if spec.nbytes != stop - begin:
                 raise ValueError(f"{name} {list(spec.shape)} {spec.dtype} has {stop - begin} bytes, not {spec.nbytes}")
+            if begin != end:
+                raise ValueError(f"{name} begins at byte {begin}, the tensor before it ends at {end}")
             found.append(spec)
-            end = max(end, stop)
+            end = stop
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} has a corrupt header: {type(error).__name__} {error}") from None
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "longer than its header says"
         raise ValueError(f"{file} is {state}: {size} bytes, its header describes {8 + length + end}")
     return found
+
+
+def read_tensor(spec: Stored, stream: BinaryIO) -> torch.Tensor:
+    """The tensor that ``spec`` describes, from its open file."""
+    data = bytearray(spec.nbytes)
+    stream.seek(spec.offset)
+    if stream.readinto(data) != spec.nbytes:  # type: ignore[attr-defined]
+        raise ValueError(f"{spec.file} was truncated while it was read, at {spec.name}")
+    return torch.frombuffer(data, dtype=TORCH[spec.dtype]).reshape(spec.shape)
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -70,8 +86,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     present = {file.name for file in folder.glob("*.safetensors")}
     if (folder / INDEX).is_file():
         try:
-            wanted = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            wanted = {str(k): str(v) for k, v in json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / INDEX} is corrupt: {type(error).__name__} {error}") from None
         files = set(wanted.values())
         if files - present:

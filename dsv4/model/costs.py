@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dsv4.config import Config, Layer
@@ -32,6 +32,8 @@ class Tensor:
     shape: tuple[int, ...]
     kind: Kind
     component: str
+    experts: int = 0
+    """0, or E: one of E equal matrices of routed experts, its name with ``{}`` for the number (see `groups`)."""
 
     @property
     def numel(self) -> int:
@@ -47,6 +49,15 @@ class Tensor:
 
 def tensors(config: Config) -> Iterator[Tensor]:
     """Every tensor of a model in forward order, MTP blocks (``mtp.0.``) last, under the official names."""
+    for tensor in groups(config):
+        for number in range(tensor.experts):
+            yield replace(tensor, name=tensor.name.format(number), experts=0)
+        if not tensor.experts:
+            yield tensor
+
+
+def groups(config: Config) -> Iterator[Tensor]:
+    """`tensors`, with a layer's routed experts as three entries: all that counting needs."""
     vocab, dim = config.vocab_size, config.hidden_size
     yield Tensor("embed.weight", (vocab, dim), "plain", "embedding")
     for layer in config.layers:
@@ -108,8 +119,10 @@ def _block(config: Config, layer: Layer, prefix: str) -> Iterator[Tensor]:
         yield from make("buffers", "exact", ffn__gate__bias=(c.n_routed_experts,))
     inner = c.moe_intermediate_size
     shape = {"w1": (inner, dim), "w2": (dim, inner), "w3": (inner, dim)}
-    for expert in range(c.n_routed_experts):
-        yield from make("routed experts", "expert", **{f"ffn__experts__{expert}__{w}__weight": shape[w] for w in shape})
+    for name in shape:
+        yield Tensor(
+            f"{prefix}ffn.experts.{{}}.{name}.weight", shape[name], "expert", "routed experts", c.n_routed_experts
+        )
     yield from make("shared experts", "linear", **{f"ffn__shared_experts__{w}__weight": shape[w] for w in shape})
 
 
@@ -147,7 +160,7 @@ def parameters(config: Config) -> Parameters:
     """Counts of each component of the trunk, and of the MTP blocks as a whole."""
     components: dict[str, list[int]] = {}
     buffers, mtp = 0, [0, 0]
-    for tensor in tensors(config):
+    for tensor in groups(config):
         if tensor.name.startswith("mtp."):
             row = mtp
         elif tensor.component == "buffers":
@@ -155,12 +168,8 @@ def parameters(config: Config) -> Parameters:
             continue
         else:
             row = components.setdefault(tensor.component, [0, 0])
-        row[0] += tensor.numel
-        row[1] += tensor.numel
-    # All experts of a layer have one size: of E equal parts a token uses k.
-    for row, expert_layers in ((components["routed experts"], config.num_hidden_layers), (mtp, len(config.mtp_layers))):
-        expert = 3 * config.hidden_size * config.moe_intermediate_size
-        row[1] -= expert_layers * expert * (config.n_routed_experts - config.num_experts_per_tok)
+        row[0] += tensor.numel * max(tensor.experts, 1)
+        row[1] += tensor.numel * (config.num_experts_per_tok if tensor.experts else 1)
     return Parameters({name: (row[0], row[1]) for name, row in components.items()}, buffers, (mtp[0], mtp[1]))
 
 
@@ -179,7 +188,7 @@ class Flops:
 
 def flops_per_token(config: Config, context: int) -> Flops:
     """The token at position ``context - 1`` through the trunk and the head (embedding look-up and MTP excluded)."""
-    trunk = [tensor for tensor in tensors(config) if not tensor.name.startswith("mtp.")]
+    trunk = [tensor for tensor in groups(config) if not tensor.name.startswith("mtp.")]
     low_precision = sum(tensor.numel for tensor in trunk if tensor.kind == "linear")
     low_precision += parameters(config).components["routed experts"][1]
     full_precision = sum(tensor.numel for tensor in trunk if tensor.multiplies and tensor.kind in ("plain", "exact"))

@@ -100,6 +100,29 @@ def test_short_context_counts_only_what_is_there() -> None:
     assert one.indexer == 0
 
 
+@pytest.mark.parametrize("preset", ["micro", "nano", "flash"])
+def test_counts_are_those_of_the_network(preset: str) -> None:
+    """Name by name against the modules themselves (on the meta device: no memory), experts split as on disk."""
+    from dsv4.model import Transformer
+
+    config = Config.preset(preset)
+    model = Transformer(config, device="meta")
+    count = costs.parameters(config)
+    trunk = [p.numel() for name, p in model.named_parameters() if not name.startswith("mtp.")]
+    mtp = [t.numel() for name, t in model.state_dict().items() if name.startswith("mtp.")]
+    buffers = [b.numel() for name, b in model.named_buffers() if not name.startswith("mtp.")]
+    assert (sum(trunk), sum(mtp), sum(buffers)) == (count.total, count.mtp[0], count.buffers)
+    stacked: dict[str, tuple[int, ...]] = {}
+    for tensor in costs.tensors(config):
+        if ".experts." in tensor.name:
+            head, _, tail = tensor.name.partition(".experts.")
+            name = f"{head}.experts.{tail.split('.')[1]}"
+            stacked[name] = (stacked.get(name, (0,))[0] + 1, *tensor.shape)
+        else:
+            stacked[tensor.name] = tensor.shape
+    assert stacked == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def test_context_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         costs.estimate(FLASH, 0, "flash")
