@@ -8,7 +8,7 @@ report's yardstick (Fig. 1), is a table of constants (`V32`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -86,44 +86,43 @@ def _block(config: Config, layer: Layer, prefix: str) -> Iterator[Tensor]:
     heads_dim = c.num_attention_heads * c.head_dim
     mixes = (2 + streams) * streams
 
-    def make(component: str, kind: Kind, **shapes: tuple[int, ...]) -> Iterator[Tensor]:
+    def make(component: str, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
         for name, shape in shapes.items():
-            yield Tensor(prefix + name.replace("__", "."), shape, kind, component)
+            yield Tensor(prefix + name, shape, kind, component)
 
     for site in ("attn", "ffn"):
-        yield from make("norms", "plain", **{f"{site}_norm__weight": (dim,)})
+        yield from make("norms", "plain", {f"{site}_norm.weight": (dim,)})
         shapes = {f"hc_{site}_fn": (mixes, streams * dim), f"hc_{site}_base": (mixes,), f"hc_{site}_scale": (3,)}
-        yield from make("mHC", "exact", **shapes)
-    yield from make("attention", "exact", attn__attn_sink=(c.num_attention_heads,))
-    yield from make(
-        "attention", "linear",
-        attn__wq_a__weight=(c.q_lora_rank, dim),
-        attn__wq_b__weight=(heads_dim, c.q_lora_rank),
-        attn__wkv__weight=(c.head_dim, dim),
-        attn__wo_a__weight=(c.o_groups * c.o_lora_rank, heads_dim // c.o_groups),
-        attn__wo_b__weight=(dim, c.o_groups * c.o_lora_rank),
-    )  # fmt: skip
-    yield from make("attention", "plain", attn__q_norm__weight=(c.q_lora_rank,), attn__kv_norm__weight=(c.head_dim,))
+        yield from make("mHC", "exact", shapes)
+    yield from make("attention", "exact", {"attn.attn_sink": (c.num_attention_heads,)})
+    matrices = {
+        "attn.wq_a.weight": (c.q_lora_rank, dim),
+        "attn.wq_b.weight": (heads_dim, c.q_lora_rank),
+        "attn.wkv.weight": (c.head_dim, dim),
+        "attn.wo_a.weight": (c.o_groups * c.o_lora_rank, heads_dim // c.o_groups),
+        "attn.wo_b.weight": (dim, c.o_groups * c.o_lora_rank),
+    }
+    yield from make("attention", "linear", matrices)
+    norms = {"attn.q_norm.weight": (c.q_lora_rank,), "attn.kv_norm.weight": (c.head_dim,)}
+    yield from make("attention", "plain", norms)
     if layer.compress_ratio:
         component = "CSA compressors" if layer.indexer else "HCA compressors"
         yield from _compressor(config, layer, c.head_dim, component, f"{prefix}attn.compressor.")
     if layer.indexer:
-        queries = c.index_n_heads * c.index_head_dim
-        yield from make("indexer", "linear", attn__indexer__wq_b__weight=(queries, c.q_lora_rank))
-        yield from make("indexer", "plain", attn__indexer__weights_proj__weight=(c.index_n_heads, dim))
+        queries = (c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+        yield from make("indexer", "linear", {"attn.indexer.wq_b.weight": queries})
+        yield from make("indexer", "plain", {"attn.indexer.weights_proj.weight": (c.index_n_heads, dim)})
         yield from _compressor(config, layer, c.index_head_dim, "indexer", f"{prefix}attn.indexer.compressor.")
-    yield from make("router", "plain", ffn__gate__weight=(c.n_routed_experts, dim))
+    yield from make("router", "plain", {"ffn.gate.weight": (c.n_routed_experts, dim)})
     if layer.router == "hash":
-        yield from make("buffers", "table", ffn__gate__tid2eid=(c.vocab_size, c.num_experts_per_tok))
+        yield from make("buffers", "table", {"ffn.gate.tid2eid": (c.vocab_size, c.num_experts_per_tok)})
     else:
-        yield from make("buffers", "exact", ffn__gate__bias=(c.n_routed_experts,))
+        yield from make("buffers", "exact", {"ffn.gate.bias": (c.n_routed_experts,)})
     inner = c.moe_intermediate_size
-    shape = {"w1": (inner, dim), "w2": (dim, inner), "w3": (inner, dim)}
-    for name in shape:
-        yield Tensor(
-            f"{prefix}ffn.experts.{{}}.{name}.weight", shape[name], "expert", "routed experts", c.n_routed_experts
-        )
-    yield from make("shared experts", "linear", **{f"ffn__shared_experts__{w}__weight": shape[w] for w in shape})
+    for name, shape in {"w1": (inner, dim), "w2": (dim, inner), "w3": (inner, dim)}.items():
+        experts = f"{prefix}ffn.experts.{{}}.{name}.weight"
+        yield Tensor(experts, shape, "expert", "routed experts", c.n_routed_experts)
+        yield from make("shared experts", "linear", {f"ffn.shared_experts.{name}.weight": shape})
 
 
 def _compressor(config: Config, layer: Layer, width: int, component: str, prefix: str) -> Iterator[Tensor]:
