@@ -43,6 +43,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "tools": (list,),
     **dict.fromkeys(RANGES, (int, float)),
 }
+FIELDS = {"reasoning_content": str, "reasoning": str, "task": str, "prefix": bool, "tool_calls": list}
 UNANSWERED = (
     "An assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'"
 )
@@ -228,7 +229,7 @@ def _check_message(at: str, message: Any) -> None:
             raise _shape(place, "missing field `text`")
     if message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
         raise _shape(at, "missing field `tool_call_id`")
-    for key, kind in (("reasoning_content", str), ("reasoning", str), ("prefix", bool), ("tool_calls", list)):
+    for key, kind in FIELDS.items():
         if message.get(key) is not None and not isinstance(message[key], kind):
             raise _shape(f"{at}.{key}", f"invalid type: {_kind(message[key])}, expected {_kind(kind())}")
     calls = message.get("tool_calls") if assistant else None

@@ -18,6 +18,13 @@ KEPT = {  # type -> keys that survive, in the order they are rendered
     "boolean": ("description",),
     "null": ("description",),
 }
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "type": (str, list),
+    "properties": dict,
+    "required": list,
+    "anyOf": list,
+    "format": str,
+}
 
 
 def strict_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -26,6 +33,7 @@ def strict_schema(schema: dict[str, Any]) -> dict[str, Any]:
     Every object lists all its properties as required and allows no others. Raises RequestError where the schema says
     otherwise. Definitions are kept wherever a `$ref` may point (`$defs`, `$def`, `definitions`).
     """
+    _check_types(schema)
     if schema and schema.get("type") != "object":
         if not any(key in schema for key in ("type", "anyOf", "$ref")):
             raise _untyped()
@@ -40,6 +48,7 @@ def strict_schema(schema: dict[str, Any]) -> dict[str, Any]:
 def _node(schema: Any) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise _untyped()
+    _check_types(schema)
     if "$ref" in schema:
         return {"$ref": schema["$ref"]}
     if "anyOf" in schema:
@@ -71,13 +80,19 @@ def _object(schema: dict[str, Any], top: bool = False) -> dict[str, Any]:
         raise RequestError("additionalProperties should not be true")
     required = schema.get("required", list(properties))
     for name in required:
-        if name not in properties:
+        if not isinstance(name, str) or name not in properties:
             raise RequestError(f"Required property '{name}' not found in object")
     if len(required) != len(properties):
         raise RequestError("Required properties must match all properties in the object")
     parts = {name: _node(part) for name, part in properties.items()}
     closed = {"additionalProperties": False, "required": list(properties)}
     return {"type": "object", "properties": parts, **closed} | _keep(schema, ("description",))
+
+
+def _check_types(schema: dict[str, Any]) -> None:
+    for key, kinds in TYPES.items():
+        if key in schema and not isinstance(schema[key], kinds):
+            raise RequestError(f"Invalid tool parameters schema : invalid type of `{key}`")
 
 
 def _keep(schema: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
