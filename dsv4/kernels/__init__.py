@@ -1,12 +1,31 @@
 """The hot operations, one name each. This file is the only place that chooses a backend.
 
 `reference` is plain torch: the specification of every operation, and what runs when nothing faster is there.
+`cpu` is C++ compiled at first use, for what plain torch does badly. DSV4_KERNELS=reference switches it off.
 """
 
-from dsv4.kernels.reference.attention import joint_attention
-from dsv4.kernels.reference.experts import grouped_experts
-from dsv4.kernels.reference.rope import rms_norm, rotate
-from dsv4.kernels.reference.select import top_mask
-from dsv4.kernels.reference.sinkhorn import sinkhorn
+from __future__ import annotations
 
-__all__ = ["grouped_experts", "joint_attention", "rms_norm", "rotate", "sinkhorn", "top_mask"]
+from torch import Tensor
+
+from dsv4.kernels import reference
+from dsv4.kernels.cpu import hyper_connections as _cpu_hc
+from dsv4.kernels.reference import collapse, grouped_experts, joint_attention, rms_norm, rotate, stream_logits, swiglu, top_mask
+
+__all__ = [
+    "collapse", "grouped_experts", "hc_enter", "hc_leave", "joint_attention", "rms_norm", "rotate", "stream_logits", "swiglu", "top_mask",
+]  # fmt: skip
+
+
+def hc_enter(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Streams -> sub-layer input and the maps for `hc_leave`; `reference.hc_enter` is the specification."""
+    backend = _cpu_hc if _cpu_hc.usable(streams) else reference
+    return backend.hc_enter(streams, fn, base, scale, iterations, rms_eps, eps)
+
+
+def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """Sub-layer output back into the streams; `reference.hc_leave` is the specification."""
+    backend = _cpu_hc if _cpu_hc.usable(streams) else reference
+    return backend.hc_leave(streams, y, post, comb)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import grouped_experts
-from dsv4.kernels.reference.experts import swiglu
+from dsv4.kernels import grouped_experts, swiglu
 from dsv4.model.attention import Trace
 
 

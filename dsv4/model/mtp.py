@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.model import hyper_connections as hc
 from dsv4.model.attention import Trace
 from dsv4.model.block import Block
 from dsv4.model.compressor import Norm
@@ -24,7 +23,7 @@ class MTP(Block):
         self.e_proj = nn.Linear(dim, dim, bias=False)
         self.h_proj = nn.Linear(dim, dim, bias=False)
         self.enorm, self.hnorm, self.norm = Norm(dim, eps), Norm(dim, eps), Norm(dim, eps)
-        self.add_site("head", config, config.hc_mult, 1)
+        self.add_site("head", config.hc_mult, 1)
 
     def predict(
         self, streams: Tensor, next_embedding: Tensor, next_ids: Tensor, plan: Plan, memory: LayerState | None, trace: Trace | None
@@ -33,7 +32,7 @@ class MTP(Block):
         token t + 2), and the block's own streams (for drafting further)."""
         z = self.e_proj(self.enorm(next_embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(streams))
         out = super().forward(z, next_ids, plan, memory, trace)
-        return self.norm(hc.head_collapse(out, *self.site("head"), self.config)), out
+        return self.norm(self.exit(out)), out
 
 
 def shifted(ids: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config
-from dsv4.model import hyper_connections as hc
 from dsv4.model.attention import Trace
-from dsv4.model.block import Block, Site
+from dsv4.model.block import Block
 from dsv4.model.compressor import Norm
 from dsv4.model.dtypes import dtype_of
+from dsv4.model.hyper_connections import Site
 from dsv4.model.mtp import MTP, shifted
 from dsv4.model.plan import Plan
 from dsv4.model.rope import frequencies
@@ -46,7 +46,7 @@ class Transformer(Site):
             self.mtp = nn.ModuleList(MTP(config, layer) for layer in config.mtp_layers)
             self.norm = Norm(config.hidden_size, config.rms_norm_eps)
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            self.add_site("head", config, config.hc_mult, 1)
+            self.add_site("head", config.hc_mult, 1)
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(dtype_of(name, dtype))
         self._frequencies: dict[str, Tensor] = frequencies(config)
@@ -66,13 +66,13 @@ class Transformer(Site):
         that many real tokens, the rest is padding on the right (its logits mean nothing and it leaves no trace).
         """
         streams, _ = self._trunk(ids, state, lengths, None, None)
-        return self.logits(self._collapse(streams))
+        return self.logits(self._final(streams))
 
     def last_logits(self, ids: Tensor, state: State, lengths: Tensor | list[int] | None = None) -> Tensor:
         """Like `forward`, but only each row's last real token goes through the head: float32 [B, vocab_size]."""
         streams, plan = self._trunk(ids, state, lengths, None, None)
         last = (plan.after - plan.before - 1).clamp(min=0)
-        return self.logits(self._collapse(streams[torch.arange(len(last), device=last.device), last]))
+        return self.logits(self._final(streams[torch.arange(len(last), device=last.device), last]))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 [..., vocab_size]; the head multiplies in float32 (model card B.9)."""
@@ -90,7 +90,7 @@ class Transformer(Site):
         trace = Trace(indexer)
         with torch.set_grad_enabled(torch.is_grad_enabled() and indexer != "warmup"):
             streams, plan = self._trunk(ids, None, None, documents, trace)
-            hidden, guess = self._collapse(streams), None
+            hidden, guess = self._final(streams), None
             if mtp and self.mtp:
                 following = shifted(ids)
                 guess, _ = self.mtp[0].predict(streams, self.embed(following), following, plan, None, trace)  # type: ignore[operator]
@@ -152,5 +152,5 @@ class Transformer(Site):
             state.length = plan.after
         return streams, plan
 
-    def _collapse(self, streams: Tensor) -> Tensor:
-        return self.norm(hc.head_collapse(streams, *self.site("head"), self.config))
+    def _final(self, streams: Tensor) -> Tensor:
+        return self.norm(self.exit(streams))

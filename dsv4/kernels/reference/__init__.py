@@ -1,1 +1,13 @@
 """Plain torch, forward and backward: the specification of every kernel."""
+
+from dsv4.kernels.reference.attention import joint_attention
+from dsv4.kernels.reference.experts import grouped_experts, swiglu
+from dsv4.kernels.reference.hyper_connections import collapse, hc_enter, hc_leave, stream_logits
+from dsv4.kernels.reference.rope import rms_norm, rotate
+from dsv4.kernels.reference.select import top_mask
+from dsv4.kernels.reference.sinkhorn import sinkhorn
+
+__all__ = [
+    "collapse", "grouped_experts", "hc_enter", "hc_leave", "joint_attention", "rms_norm", "rotate", "sinkhorn",
+    "stream_logits", "swiglu", "top_mask",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""Compiles the C++ beside this file once per machine and hands out its functions.
+
+No torch headers: a build takes about a second. The library lies in the user's cache under a name that changes with
+the source, the compiler and the processor. Without a compiler the caller uses the reference and one line says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("mhc.cpp")
+# Sums may be reassociated into vector lanes; infinities and NaN keep their meaning.
+_FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math".split()
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None: no compiler, a failed build, or DSV4_KERNELS=reference."""
+    log = logging.getLogger("dsv4.kernels")
+    if os.environ.get("DSV4_KERNELS", "cpu") == "reference":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        log.warning("no C++ compiler found: running the plain torch kernels (slower; install g++ to change that)")
+        return None
+    machine = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0] if Path("/proc/cpuinfo").exists() else ""
+    flags = [line for line in machine.splitlines() if line.startswith(("model name", "flags"))]
+    key = hashlib.sha256("\n".join([_SOURCE.read_text(), compiler, *_FLAGS, *flags]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsv4"
+    target = folder / f"kernels-{key}.so"
+    try:
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # built aside and renamed: two processes may build at once
+                built = Path(scratch) / "kernels.so"
+                subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, text=True)
+                built.rename(target)
+        return ctypes.CDLL(str(target))
+    except subprocess.CalledProcessError as error:
+        log.warning("the C++ kernels did not compile, running the plain torch ones: %s", error.stderr.strip().splitlines()[0])
+    except OSError as error:
+        log.warning("the C++ kernels are not usable, running the plain torch ones: %s", error)
+    return None
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="dsv4-kernel")
+
+
+def parallel(rows: int, work: Callable[[int, int, int], None], grain: int = 256) -> None:
+    """Calls work(part, begin, end) over ranges of ``rows`` in as many threads as torch uses; ctypes frees the GIL meanwhile."""
+    parts = parts_of(rows, grain)
+    if parts == 1:
+        return work(0, 0, rows)
+    step = -(-rows // parts)
+    ranges = [(part, part * step, min((part + 1) * step, rows)) for part in range(parts)]
+    others = [_pool().submit(work, *r) for r in ranges[1:]]
+    work(*ranges[0])
+    for other in others:
+        other.result()
+
+
+def parts_of(rows: int, grain: int = 256) -> int:
+    """How many ranges `parallel` makes."""
+    return max(1, min(torch.get_num_threads(), rows // grain))
