@@ -41,7 +41,10 @@ def examine(model: Path) -> dict[str, Any]:
     try:
         import torch
 
+        from dsv4.kernels.cpu.library import library
+
         report["torch"] = {"version": torch.__version__, "threads": torch.get_num_threads()}
+        report["kernels"] = "plain torch" if library() is None else "C++"
         report["devices"] = [
             {"name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "capability": f"{p.major}.{p.minor}"}
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
