@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4.kernels import reference
+from dsv4.kernels.cpu import attention as _cpu_attention
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
-from dsv4.kernels.reference import collapse, grouped_experts, joint_attention, rms_norm, rotate, stream_logits, swiglu, top_mask
+from dsv4.kernels.reference import collapse, grouped_experts, rms_norm, rotate, stream_logits, swiglu, top_mask
 
 __all__ = [
     "collapse", "grouped_experts", "hc_enter", "hc_leave", "joint_attention", "rms_norm", "rotate", "stream_logits", "swiglu", "top_mask",
@@ -29,3 +30,11 @@ def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Sub-layer output back into the streams; `reference.hc_leave` is the specification."""
     backend = _cpu_hc if _cpu_hc.usable(streams) else reference
     return backend.hc_leave(streams, y, post, comb)
+
+
+def joint_attention(
+    q: Tensor, near: Tensor, near_mask: Tensor, far: Tensor | None, far_mask: Tensor | None, sink: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Window rows and compressed rows under one softmax with a sink; `reference.joint_attention` is the specification."""
+    backend = _cpu_attention if _cpu_attention.usable(q) else reference
+    return backend.joint_attention(q, near, near_mask, far, far_mask, sink, scale)

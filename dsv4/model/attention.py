@@ -112,7 +112,7 @@ class Attention(nn.Module):
             outputs.append(out)
             if learn and scores is not None and p_far is not None and far_mask is not None:
                 with torch.enable_grad():
-                    losses.append(index_loss(scores, p_far.sum(2), far_mask))
+                    losses.append(index_loss(scores, p_far.float().sum(2), far_mask))
         if trace is not None and losses:
             trace.index_losses.append(sum(loss for loss, _ in losses) / sum(count for _, count in losses).clamp(min=1))
         if memory is not None and not ring:

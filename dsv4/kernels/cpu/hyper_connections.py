@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4.kernels.cpu.library import library, parallel, parts_of
+from dsv4.kernels.cpu.library import call, library, parallel, parts_of
 
 
 def usable(streams: Tensor) -> bool:
     """4 streams of float32 or bfloat16 on the CPU, and a compiled library."""
     fits = streams.device.type == "cpu" and streams.shape[-2] == 4 and streams.dtype in (torch.float32, torch.bfloat16)
     return fits and library() is not None
-
-
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
-    function = getattr(library(), f"{name}_{'f32' if dtype == torch.float32 else 'bf16'}")
-    kinds: dict[type, Any] = {int: ctypes.c_long, float: ctypes.c_float}
-    function(*[ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else kinds[type(a)](a) for a in arguments])
 
 
 class _Enter(torch.autograd.Function):
@@ -35,7 +28,7 @@ class _Enter(torch.autograd.Function):
         pre, post, comb, u, r = (base.new_empty(*lead, *tail) for tail in ((n,), (n,), (n, n), (2 * n + n * n,), ()))
 
         def work(part: int, begin: int, end: int) -> None:
-            _call(
+            call(
                 "enter_forward", streams.dtype, streams, fn, base, scale, x, pre, post, comb, u, r, begin, end, dim, iterations, rms_eps, eps
             )  # fmt: skip
 
@@ -54,7 +47,7 @@ class _Enter(torch.autograd.Function):
         d_fn, d_base, d_scale = (like.new_zeros(parts, *like.shape) for like in (fn, base, scale))
 
         def work(part: int, begin: int, end: int) -> None:
-            _call(
+            call(
                 "enter_backward", streams.dtype, dx, d_post, d_comb, streams, fn, base, scale, pre, post, u, r,
                 d_streams, d_fn[part], d_base[part], d_scale[part], begin, end, dim, ctx.iterations, ctx.eps,
             )  # fmt: skip
@@ -69,7 +62,7 @@ class _Leave(torch.autograd.Function):
         streams, y, post, comb = (t.contiguous() for t in (streams, y, post, comb))
         dim, out = streams.shape[-1], torch.empty_like(streams)
         rows = y.numel() // dim
-        parallel(rows, lambda _, begin, end: _call("leave_forward", streams.dtype, streams, y, post, comb, out, begin, end, dim))
+        parallel(rows, lambda _, begin, end: call("leave_forward", streams.dtype, streams, y, post, comb, out, begin, end, dim))
         ctx.save_for_backward(streams, y, post, comb)
         return out
 
@@ -80,7 +73,7 @@ class _Leave(torch.autograd.Function):
         d_streams, dy, d_post, d_comb = (torch.empty_like(t) for t in (streams, y, post, comb))
 
         def work(part: int, begin: int, end: int) -> None:
-            _call("leave_backward", streams.dtype, d_out, streams, y, post, comb, d_streams, dy, d_post, d_comb, begin, end, dim)
+            call("leave_backward", streams.dtype, d_out, streams, y, post, comb, d_streams, dy, d_post, d_comb, begin, end, dim)
 
         parallel(y.numel() // dim, work)
         return d_streams, dy, d_post, d_comb

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("mhc.cpp")
+_HERE = Path(__file__).parent
 # Sums may be reassociated into vector lanes; infinities and NaN keep their meaning.
 _FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math".split()
 
@@ -35,9 +35,10 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         log.warning("no C++ compiler found: running the plain torch kernels (slower; install g++ to change that)")
         return None
+    sources = {str(path): path.read_text() for path in sorted([*_HERE.glob("*.cpp"), *_HERE.glob("*.h")])}
     machine = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0] if Path("/proc/cpuinfo").exists() else ""
     flags = [line for line in machine.splitlines() if line.startswith(("model name", "flags"))]
-    key = hashlib.sha256("\n".join([_SOURCE.read_text(), compiler, *_FLAGS, *flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*sources.values(), compiler, *_FLAGS, *flags]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsv4"
     target = folder / f"kernels-{key}.so"
     try:
@@ -45,7 +46,7 @@ def library() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # built aside and renamed: two processes may build at once
                 built = Path(scratch) / "kernels.so"
-                subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, text=True)
+                subprocess.run([compiler, *_FLAGS, *(s for s in sources if s.endswith(".cpp")), "-o", str(built)], check=True, capture_output=True, text=True)
                 built.rename(target)
         return ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
@@ -76,3 +77,15 @@ def parallel(rows: int, work: Callable[[int, int, int], None], grain: int = 256)
 def parts_of(rows: int, grain: int = 256) -> int:
     """How many ranges `parallel` makes."""
     return max(1, min(torch.get_num_threads(), rows // grain))
+
+
+def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float) -> None:
+    """The C++ function ``name`` for float32 or bfloat16. Tensors go as addresses, int as long, float as float."""
+    function = getattr(library(), f"{name}_{'f32' if dtype == torch.float32 else 'bf16'}")
+    converted: list[object] = []
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            converted.append(ctypes.c_void_p(value.data_ptr()))
+        else:
+            converted.append(ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value))
+    function(*converted)

@@ -5,25 +5,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "scalar.h"
+
 namespace {
 
 constexpr int n = 4, maps = 24, lanes = 16, group = 4;
 constexpr int pad = 48;  // buffers a power of two apart would share cache sets and stall on false store-to-load matches
-
-struct bf16 { uint16_t bits; };
-inline float load(const float* p, long i) { return p[i]; }
-inline float load(const bf16* p, long i) {
-    uint32_t u = uint32_t(p[i].bits) << 16;
-    float f;
-    __builtin_memcpy(&f, &u, 4);
-    return f;
-}
-inline void store(float* p, long i, float x) { p[i] = x; }
-inline void store(bf16* p, long i, float x) {  // ties to even
-    uint32_t u;
-    __builtin_memcpy(&u, &x, 4);
-    p[i].bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
 
 // c[4 j + k][lane]: row j, column k. Ends on a column pass; sums are kept for the backward pass.
 struct Sinkhorn {
