@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn
 
 
@@ -39,8 +40,8 @@ def to_parameters(arguments: str, rust_numbers: bool) -> list[Parameter]:
 def to_json(value: Any, rust_numbers: bool = False) -> str:
     """JSON with ", " and ": ", non-ASCII kept, keys in order.
 
-    Numbers as Python spells them, or with `rust_numbers` as the official front-end does: no zero before the digit of
-    an exponent (1e-7), and integers that do not fit 64 bits as floats.
+    Numbers as Python spells them, or with `rust_numbers` as the official front-end does: exponents without a leading
+    zero and from 1e-6 down only, and integers that do not fit 64 bits as floats.
     """
     if not rust_numbers:
         return json.dumps(value, ensure_ascii=False)
@@ -55,7 +56,9 @@ def to_json(value: Any, rust_numbers: bool = False) -> str:
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         value = float(value)
     text = json.dumps(value, ensure_ascii=False)
-    return re.sub("e([+-])0", r"e\1", text) if isinstance(value, float) else text
+    if isinstance(value, float):
+        text = format(Decimal(text), "f") if text.endswith("e-05") else re.sub("e([+-])0", r"e\1", text)
+    return text
 
 
 def is_json(text: str) -> bool:

@@ -102,12 +102,19 @@ def validate(body: dict[str, Any], models: Collection[str] | None = None, answer
     if models is not None and body.get("model") not in models:
         names = ", ".join(sorted(models))
         raise RequestError(f"The supported API model names are {names}, but you passed {body.get('model')}.")
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        raise _shape("messages", f"invalid type: {_kind(messages)}, expected a sequence")
+    if not messages:
+        raise RequestError("Empty input messages")
     _check_thinking(body)
-    _check_messages(body, answered)
+    _check_tools(body.get("tools") or [])
+    _check_messages(messages, answered)
     _check_numbers(body)
     _check_stop(body.get("stop"))
-    _check_tools(body)
     _check_format(body)
+    _check_choice(body)
+    _check_prefix(body)
 
 
 def _check_thinking(body: dict[str, Any]) -> None:
@@ -155,12 +162,7 @@ def _check_stop(stop: Any) -> None:
                 raise RequestError(f"Invalid 'stop[{index}]': empty string. {empty}")
 
 
-def _check_messages(body: dict[str, Any], answered: bool) -> None:
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        raise _shape("messages", f"invalid type: {_kind(messages)}, expected a sequence")
-    if not messages:
-        raise RequestError("Empty input messages")
+def _check_messages(messages: list[Any], answered: bool) -> None:
     waiting: list[str] = []  # call ids of the last assistant message that have no result yet
     seen: set[str] = set()
     for index, message in enumerate(messages):
@@ -192,16 +194,11 @@ def _check_messages(body: dict[str, Any], answered: bool) -> None:
                 raise RequestError(f"Duplicate value for 'tool_call_id' of {call['id']} in message[{index}]")
             seen.add(call["id"])
             waiting.append(call["id"])
-        if message.get("prefix") and message["role"] == "assistant":
-            if index != len(messages) - 1:
-                raise RequestError(
-                    "Invalid completion message: prefix set true with message which is not final message or message "
-                    "role is not assistant"
-                )
-            if body.get("tools"):
-                raise RequestError("Function call should not be used with prefix")
-            if (body.get("response_format") or {}).get("type") == "json_object":
-                raise RequestError("response_format json_object should not be used with prefix")
+        if message.get("prefix") and message["role"] == "assistant" and index != len(messages) - 1:
+            raise RequestError(
+                "Invalid completion message: prefix set true with message which is not final message or message "
+                "role is not assistant"
+            )
     if waiting and not (answered and messages[-1].get("tool_calls")):
         raise RequestError(f"{UNANSWERED}. (insufficient tool messages following tool_calls message)")
     if answered and messages[-1]["role"] != "assistant":
@@ -250,8 +247,7 @@ def _check_message(at: str, message: Any) -> None:
         _field(f"{place}.function", call["function"], "arguments")
 
 
-def _check_tools(body: dict[str, Any]) -> None:
-    tools = body.get("tools") or []
+def _check_tools(tools: list[Any]) -> None:
     if len(tools) > 128:
         raise RequestError(
             "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length "
@@ -266,11 +262,13 @@ def _check_tools(body: dict[str, Any]) -> None:
             raise _shape(place, "missing field `function`")
         _check_function(f"{place}.function", tool["function"])
     functions = [tool["function"] for tool in tools]
-    names = {function["name"] for function in functions}
-    if len(names) != len(functions):
+    if len({function["name"] for function in functions}) != len(functions):
         raise RequestError("Tool names must be unique.")
     if len({bool(function.get("strict")) for function in functions}) > 1:
         raise RequestError("Cannot use strict tool with non-strict tool in the same request")
+
+
+def _check_choice(body: dict[str, Any]) -> None:
     choice = body.get("tool_choice")
     if isinstance(choice, dict):
         _one_of("tool_choice.type", choice.get("type"), ("function",))
@@ -279,12 +277,12 @@ def _check_tools(body: dict[str, Any]) -> None:
         _field("tool_choice.function", choice["function"], "name")
     elif choice not in (None, "none", "auto", "required"):
         raise _shape("tool_choice", "expected one of `none`, `auto`, `required` or a tool")
-    if tools and isinstance(choice, dict) and choice["function"]["name"] not in names:
-        name = choice["function"]["name"]
-        raise RequestError(
-            f"Invalid value for 'tool_call': no function named '{name}' was specified in the 'tools' parameter."
-        )
     chosen = settings(body)
+    if isinstance(choice, dict) and chosen.forced_call and not chosen.tools:
+        raise RequestError(
+            f"Invalid value for 'tool_call': no function named '{choice['function']['name']}' was specified in the "
+            "'tools' parameter."
+        )
     if chosen.forced_call and chosen.thinking:
         raise RequestError("Thinking mode does not support this tool_choice")
 
@@ -340,6 +338,15 @@ def _check_format(body: dict[str, Any]) -> None:
         raise RequestError(
             "Prompt must contain the word 'json' in some form to use 'response_format' of type 'json_object'."
         )
+
+
+def _check_prefix(body: dict[str, Any]) -> None:
+    if not settings(body).continues:
+        return
+    if (body.get("response_format") or {}).get("type") == "json_object":
+        raise RequestError("response_format json_object should not be used with prefix")
+    if body.get("tools") or any(message.get("tool_calls") for message in body["messages"]):
+        raise RequestError("Function call should not be used with prefix")
 
 
 def _words(messages: list[dict[str, Any]]) -> str:

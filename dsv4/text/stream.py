@@ -15,6 +15,7 @@ The published parser of DeepSeek's protocol library decides what is right; these
 6. A call after an unclosed parameter or invoke is kept (the published parser drops it).
 7. Without tools, a block is removed instead of shown as text; so is the first part of an opening tag at the very end.
 8. JSON mode gives the first JSON object or array alone, without padding blanks that depend on the chunks.
+9. Newlines before markup go even after "<" or "</" (the published parser keeps the one that directly follows).
 """
 
 from __future__ import annotations
