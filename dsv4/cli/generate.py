@@ -34,8 +34,8 @@ def generate(
     from dsv4.text import parse, render_ids
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    tokenizer = dsv4.load_tokenizer(path)
-    engine = Engine(dsv4.load(path, dtype=dtype, device=device), tokenizer)
+    engine = Engine(dsv4.load(path, dtype=dtype, device=device), dsv4.load_tokenizer(path))
+    tokenizer = engine.tokenizer
     request = chat_request([{"role": "user", "content": text}], mode)
     ids = [tokenizer.bos_id, *tokenizer.encode(text)] if raw else render_ids(request, tokenizer)
     params = SamplingParams(temperature, top_p, max_tokens, seed)

@@ -105,8 +105,9 @@ def internal(error: Exception) -> ApiError:
     return ApiError(500, f"Internal server error ({type(error).__name__})", "internal_error", "internal_error")
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, error.status)
+def error_response(error: ApiError) -> Response:
+    # ASCII, because a message may quote what a client sent, and that may be no valid Unicode.
+    return Response(json.dumps(error.body), error.status, media_type="application/json")
 
 
 async def read_json(request: Request) -> Any:
@@ -123,6 +124,8 @@ async def read_json(request: Request) -> Any:
         raise RequestError(f"Failed to parse the request body as JSON: {error.msg} at {place}") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"Failed to parse the request body as JSON: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise RequestError("Failed to parse the request body as JSON: nested too deeply") from None
 
 
 async def with_place(places: asyncio.Semaphore, chunks: AsyncIterator[T]) -> AsyncIterator[T]:

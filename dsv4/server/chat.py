@@ -54,8 +54,7 @@ class Service:
         import dsv4
 
         path = Path(path)
-        tokenizer = dsv4.load_tokenizer(path)
-        engine = Engine(dsv4.load(path, dtype=dtype, device=device), tokenizer)
+        engine = Engine(dsv4.load(path, dtype=dtype, device=device), dsv4.load_tokenizer(path))
         advice = path / "generation_config.json"
         advised = json.loads(advice.read_text(encoding="utf-8")) if advice.is_file() else {}
         sampling = {key: float(advised[key]) for key in ("temperature", "top_p") if key in advised}

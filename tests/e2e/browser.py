@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import subprocess
@@ -29,7 +30,10 @@ class Browser:
         port = wait_for(lambda: self._port(), 60, "Chromium's port")
         request = urllib.request.Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT")
         target = json.load(urllib.request.urlopen(request))
-        self._socket = connect(target["webSocketDebuggerUrl"], max_size=None, compression=None)
+        self._stack = contextlib.ExitStack()
+        self._socket = self._stack.enter_context(
+            connect(target["webSocketDebuggerUrl"], max_size=None, compression=None)
+        )
         self._number = 0
         self.complaints: list[str] = []
         self.call("Runtime.enable")
@@ -44,7 +48,7 @@ class Browser:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        self._socket.close()
+        self._stack.close()
         self._process.terminate()
         self._process.wait(30)
         self._home.cleanup()

@@ -13,6 +13,7 @@ from scripted import TOKENIZER, scripted_service
 
 from dsv4.server import Service
 from dsv4.server.app import create_app
+from dsv4.server.chat import detect_dialect
 from dsv4.server.chunks import ChunkWriter, assemble, usage
 from dsv4.text import StreamParser, render_ids, settings
 
@@ -184,6 +185,8 @@ def test_errors_are_the_reference_s(root: Path) -> None:
         (b'{"model": "scripted",\n "messages": [}', "line 2 column 15"),
         (b'{"model": "\xff"}', "UTF-8"),
         (b"[]", "Failed to deserialize"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"model": "scripted", "messages": [{"role": "\\ud800"}]}', "unknown variant"),
         (QUICK | {"messages": [{"role": "wizard", "content": "x"}]}, "unknown variant"),
         (QUICK | {"messages": [{"role": "user", "content": "x" * 5000}]}, "maximum context length is 4096 tokens"),
         (QUICK | {"max_tokens": 4090}, "4090 in the completion"),
@@ -250,3 +253,14 @@ def test_a_fault_of_ours_is_told_and_no_done_is_faked() -> None:
     stream = post(scripted_service(broken), QUICK | {"stream": True})
     assert "internal_error" in stream.text and "[DONE]" not in stream.text
     assert "secret" not in whole.text + stream.text
+
+
+def test_the_dialect_is_what_the_folder_s_encoder_says(tmp_path: Path) -> None:
+    assert detect_dialect(tmp_path) == "v4-preview"
+    encoder = tmp_path / "encoding" / "encoding_dsv4.py"
+    encoder.parent.mkdir()
+    for line, dialect in (("REASONING_EFFORT_MAX = ''", "v4-preview"), ("REASONING_EFFORT_PROMPTS = {}", "v4-ga")):
+        encoder.write_text(line)
+        assert detect_dialect(tmp_path) == dialect
+    with pytest.raises(ValueError, match="known: v4-preview, v4-ga"):
+        Service(scripted_service("x").engine, "x", dialect="v9")
