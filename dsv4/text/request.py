@@ -87,11 +87,18 @@ def settings(body: dict[str, Any]) -> Settings:
     )
 
 
-def validate(body: dict[str, Any], models: Collection[str] | None = None, answered: bool = False) -> None:
+def validate(
+    body: dict[str, Any],
+    models: Collection[str] | None = None,
+    answered: bool = False,
+    need_reasoning: bool = False,
+) -> None:
     """Raise RequestError for the first thing wrong with a body.
 
-    `models`: the names to accept, where the model matters. `answered`: the body is a training sample, whose last
-    message is the assistant's answer, so that its tool calls need no results.
+    models          the names to accept, where the model matters
+    answered        a training sample, whose last message is the assistant's answer: its tool calls need no results
+    need_reasoning  refuse, as the service once did, a thinking turn in progress whose calls came back without the
+                    reasoning before them (otherwise that is taken as empty)
     """
     if not isinstance(body, dict):
         raise _shape("", f"invalid type: {_kind(body)}, expected struct ChatCompletionRequest")
@@ -110,6 +117,8 @@ def validate(body: dict[str, Any], models: Collection[str] | None = None, answer
     _check_thinking(body)
     _check_tools(body.get("tools") or [])
     _check_messages(messages, answered)
+    if need_reasoning:
+        _check_reasoning(body)
     _check_numbers(body)
     _check_stop(body.get("stop"))
     _check_format(body)
@@ -245,6 +254,14 @@ def _check_message(at: str, message: Any) -> None:
             raise _shape(place, "missing field `function`")
         _field(f"{place}.function", call["function"], "name")
         _field(f"{place}.function", call["function"], "arguments")
+
+
+def _check_reasoning(body: dict[str, Any]) -> None:
+    messages = body["messages"]
+    last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for message in messages[last + 1 :] if settings(body).thinking else ():
+        if message.get("tool_calls") and message.get("reasoning_content", message.get("reasoning")) is None:
+            raise RequestError("The `reasoning_content` in the thinking mode must be passed back to the API.")
 
 
 def _check_tools(tools: list[Any]) -> None:

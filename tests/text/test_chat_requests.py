@@ -85,6 +85,21 @@ def test_accepted_beyond_the_service() -> None:
     assert "D\n\n## Tools" in prompt and "<think>r</think>a" in prompt
 
 
+def test_reasoning_can_be_demanded_for_the_turn_in_progress() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "r"}
+    with pytest.raises(RequestError, match="must be passed back to the API"):
+        validate({"messages": [USER, asked, result]}, need_reasoning=True)
+    validate({"messages": [USER, asked, result]})
+    for fine in (
+        {"messages": [USER, asked | {"reasoning_content": ""}, result]},
+        {"messages": [USER, asked, result, USER]},
+        {"messages": [USER, asked, result], **OFF},
+    ):
+        validate(fine, need_reasoning=True)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
