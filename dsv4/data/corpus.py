@@ -99,6 +99,15 @@ def candidates() -> list[File]:
     return sorted(found, key=lambda f: (order.index(f.source), f.rank, f.path))
 
 
+def heldout_files(files: list[File]) -> dict[str, bytes]:
+    """Name -> text of the held-out files among the candidates, sorted by name."""
+    chosen = [f for f in files if f.source == "stdlib" and is_heldout(f.name, f.path.stat().st_size)]
+    heldout = {f.name: data for f in sorted(chosen, key=lambda f: f.name) if poor(data := f.read()) is None}
+    if not heldout:
+        raise ValueError(f"no held-out file among {len(files)} candidates: is the standard library's source installed?")
+    return heldout
+
+
 def build_corpus(out: Path, max_bytes: int = 150_000_000, files: list[File] | None = None) -> dict[str, Any]:
     """Collects, filters and writes the corpus to the folder `out` (which must not exist); returns the manifest.
 
@@ -106,10 +115,7 @@ def build_corpus(out: Path, max_bytes: int = 150_000_000, files: list[File] | No
     of this machine. The result depends on nothing but the files.
     """
     files = candidates() if files is None else files
-    heldout = {f.name: f.read() for f in files if f.source == "stdlib" and is_heldout(f.name, f.path.stat().st_size)}
-    heldout = {name: data for name, data in sorted(heldout.items()) if poor(data) is None}
-    if not heldout:
-        raise ValueError(f"no held-out file among {len(files)} candidates: is the standard library's source installed?")
+    heldout = heldout_files(files)
     contamination, copies, exact = Contamination(heldout), NearCopies(), set[bytes]()
     rows, contaminated, dropped = [], [], Counter[str]()
     filled, by_package = Counter[str](), Counter[tuple[str, str]]()

@@ -61,7 +61,7 @@ def test_verifiers_accept_the_answer_and_refuse_mutations(family: str) -> None:
         assert verify(item, _reply(item.answer)) and verify(item, _reply(f"\n{item.answer} "))
         for wrong in _mutations(item.answer):
             assert not verify(item, _reply(wrong)), f"{item.prompt!r}: {wrong!r} passes for {item.answer!r}"
-        call = {"function": {"name": "calculator", "arguments": '{"expression": "1 + 1"}'}}
+        call = {"name": "calculator", "arguments": '{"expression": "1 + 1"}'}
         assert not verify(item, _reply(item.answer) | {"tool_calls": [call]})
 
 
@@ -241,7 +241,7 @@ def test_calculator_calls_are_judged_by_their_expression() -> None:
     item = _items("calculator", 1)[0]
 
     def reply(name: str, arguments: str, calls: int = 1) -> dict[str, Any]:
-        return _reply("") | {"tool_calls": [{"function": {"name": name, "arguments": arguments}}] * calls}
+        return _reply("") | {"tool_calls": [{"name": name, "arguments": arguments}] * calls}
 
     right = json.dumps({"expression": item.call})
     assert verify_call(item, reply("calculator", right))

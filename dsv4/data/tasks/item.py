@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 MODES = ("non-think", "high", "max")
@@ -51,7 +51,6 @@ class Item:
     same: str = "text"
     tools: tuple[dict[str, Any], ...] = ()
     call: str = ""
-    before: tuple[dict[str, Any], ...] = field(default=())
 
     @property
     def split(self) -> str:
@@ -74,7 +73,7 @@ class Item:
         """The Chat Completions body that asks for this item."""
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        messages = [*self.before, {"role": "user", "content": self.prompt}]
+        messages = [{"role": "user", "content": self.prompt}]
         body: dict[str, Any] = {"messages": messages, "thinking": {"type": "disabled"}}
         if mode != "non-think":
             body |= {"thinking": {"type": "enabled"}, "reasoning_effort": mode}
@@ -135,10 +134,10 @@ def verify(item: Item, reply: dict[str, Any]) -> bool:
 def verify_call(item: Item, reply: dict[str, Any]) -> bool:
     """Whether the reply is exactly one call of the calculator with the right expression (blanks do not matter)."""
     calls = reply.get("tool_calls") or []
-    if len(calls) != 1 or calls[0]["function"]["name"] != "calculator":
+    if len(calls) != 1 or calls[0]["name"] != "calculator":
         return False
     try:
-        arguments = json.loads(calls[0]["function"]["arguments"])
+        arguments = json.loads(calls[0]["arguments"])
     except ValueError:
         return False
     if not isinstance(arguments, dict) or set(arguments) != {"expression"}:

@@ -29,11 +29,10 @@ def _reverse(rng: random.Random, level: int) -> Item:
     answer, wrong = text[::-1], _off(rng, text[::-1])
     steps = f"{_spell(text)}\n{_spell(answer)}"
     slip = (wrong, f"{_spell(wrong)}\n{_spell(wrong[::-1])} is not {text}")
-    return Item("reverse", level, f"reverse {text}", prompt, answer, steps, f"{steps_back(answer)} is {text}", slip)
+    return Item("reverse", level, f"reverse {text}", prompt, answer, steps, f"{_spelled_back(answer)} is {text}", slip)
 
 
-def steps_back(answer: str) -> str:
-    """The reversal of an answer, spelled."""
+def _spelled_back(answer: str) -> str:
     return f"{_spell(answer)}\n{_spell(answer[::-1])}"
 
 
