@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsv4.common.seeds import rng as counter_rng
@@ -13,8 +13,8 @@ from dsv4.data.tasks.tools import calculate
 from dsv4.text import Tokenizer, render_training
 
 __all__ = [
-    "FAMILIES", "LEVELS", "MODES", "Family", "Item", "calculate", "conversation", "evaluation_items", "sft_samples",
-    "training_requests", "verify", "verify_call",
+    "FAMILIES", "LEVELS", "MODES", "MODE_SHARES", "RARE", "Family", "Item", "calculate", "conversation",
+    "evaluation_items", "sft_samples", "training_requests", "verify", "verify_call",
 ]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -23,22 +23,28 @@ FAMILIES: dict[str, Family] = {
     for family in room.FAMILIES
 }  # fmt: skip
 
+MODE_SHARES = {"non-think": 0.35, "high": 0.5, "max": 0.15}
+"""Most tokens of a "max" sample are the effort text and a check: few of them go a long way."""
+
+RARE = {"calculator": 0.35}
+"""Relative frequency of a family (1 for the others): a tool sample is mostly its preamble of 360 tokens."""
+
 CHAT_SHARE = 0.1
 SYSTEM_SHARE = 0.1
 _SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant", "Be brief.", "Answer briefly.")
 
 
-def training_requests(seed: int, count: int, modes: Sequence[str] = MODES) -> Iterator[dict[str, Any]]:
-    """`count` bodies with the assistant's turns: nine tenths tasks of every family, level and mode, the rest plain
-    conversation. Sample number n is a function of (seed, n) alone."""
-    names = list(FAMILIES)
+def training_requests(seed: int, count: int, modes: Mapping[str, float] = MODE_SHARES) -> Iterator[dict[str, Any]]:
+    """`count` bodies with the assistant's turns: nine tenths tasks of every family, level and mode (by relative
+    frequency), the rest plain conversation. Sample number n is a function of (seed, n) alone."""
+    names, weights = list(FAMILIES), [RARE.get(name, 1.0) for name in FAMILIES]
     for number in range(count):
         rng = counter_rng(seed, "sft", number)
-        mode = rng.choice(list(modes))
+        (mode,) = rng.choices(list(modes), list(modes.values()))
         if rng.random() < CHAT_SHARE:
             body = conversation(rng, mode)
         else:
-            family = FAMILIES[rng.choice(names)]
+            family = FAMILIES[rng.choices(names, weights)[0]]
             body = family.sample(rng, rng.choice(list(LEVELS))).training_request(mode)
             if rng.random() < CHAT_SHARE and "tools" not in body:  # a task in the midst of a conversation
                 body["messages"] = conversation(rng, "non-think")["messages"] + body["messages"]
@@ -48,7 +54,7 @@ def training_requests(seed: int, count: int, modes: Sequence[str] = MODES) -> It
 
 
 def sft_samples(
-    seed: int, count: int, tokenizer: Tokenizer, modes: Sequence[str] = MODES, dialect: str = "v4-preview"
+    seed: int, count: int, tokenizer: Tokenizer, modes: Mapping[str, float] = MODE_SHARES, dialect: str = "v4-preview"
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(ids, mask) of `training_requests`, rendered by the codec that also serves: mask 1 on what is to be learned."""
     for body in training_requests(seed, count, modes):
