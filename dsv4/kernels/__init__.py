@@ -11,7 +11,8 @@ from torch import Tensor
 from dsv4.kernels import reference
 from dsv4.kernels.cpu import attention as _cpu_attention
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
-from dsv4.kernels.reference import collapse, grouped_experts, rms_norm, rotate, stream_logits, swiglu, top_mask
+from dsv4.kernels.cpu import rope as _cpu_rope
+from dsv4.kernels.reference import collapse, grouped_experts, stream_logits, swiglu, top_mask
 
 __all__ = [
     "collapse", "grouped_experts", "hc_enter", "hc_leave", "joint_attention", "rms_norm", "rotate", "stream_logits", "swiglu", "top_mask",
@@ -38,3 +39,15 @@ def joint_attention(
     """Window rows and compressed rows under one softmax with a sink; `reference.joint_attention` is the specification."""
     backend = _cpu_attention if _cpu_attention.usable(q) else reference
     return backend.joint_attention(q, near, near_mask, far, far_mask, sink, scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS norm over the last axis; `reference.rms_norm` is the specification."""
+    backend = _cpu_rope if _cpu_rope.usable(x) else reference
+    return backend.rms_norm(x, weight, eps)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Partial interleaved RoPE; `reference.rotate` is the specification."""
+    backend = _cpu_rope if _cpu_rope.usable(x) else reference
+    return backend.rotate(x, angles)

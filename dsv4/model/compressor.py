@@ -65,11 +65,11 @@ class Compressor(nn.Module):
 
         def take(index: Tensor, part: Tensor) -> Tensor:
             # As an embedding: its backward adds whole rows, an advanced index's goes element by element.
-            return F.embedding(row + index, part.flatten(0, 1))
+            return F.embedding(row + index.clamp(min=0), part.flatten(0, 1))  # rows with fewer entries are padded: token 0
 
         kv, gate = take(window, rows[..., -2 * dim :]).split(dim, -1)  # [B, n, m, dim]
         if self.overlap:
-            old_kv, old_gate = take((window - m).clamp(min=0), rows[..., : 2 * dim]).split(dim, -1)
+            old_kv, old_gate = take(window - m, rows[..., : 2 * dim]).split(dim, -1)
             # A sequence's first entry has no previous window: value 0, gate -inf.
             early = (plan.position.gather(1, entries.last) < 2 * m - 1)[..., None, None]
             kv = torch.cat((old_kv.masked_fill(early, 0), kv), 2)
