@@ -43,8 +43,10 @@ def chat(
     if url is not None and path is not None:
         raise ValueError("give a model folder or --url, not both")
     if url is None:
+        from dsv4.common.memory import keep_freed_memory
         from dsv4.server.chat import Service
 
+        keep_freed_memory()
         service = Service.load(path or Path("models/nano"), dtype=dtype, device=device)
         name, ask = service.name, lambda request: local(service, request)
     else:

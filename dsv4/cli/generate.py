@@ -30,9 +30,11 @@ def generate(
       dsv4 generate models/nano "def main():" --raw --max-tokens 64
     """
     import dsv4
+    from dsv4.common.memory import keep_freed_memory
     from dsv4.engine import Engine, SamplingParams
     from dsv4.text import parse, render_ids
 
+    keep_freed_memory()
     text = sys.stdin.read() if prompt == "-" else prompt
     engine = Engine(dsv4.load(path, dtype=dtype, device=device), dsv4.load_tokenizer(path))
     tokenizer = engine.tokenizer

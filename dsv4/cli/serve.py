@@ -18,6 +18,7 @@ def serve(
     dtype: str = typer.Option("float32", help="float32 or bfloat16."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
     threads: int = typer.Option(0, help="Processor threads for the model; 0 = one per core."),
+    strict_reasoning: bool = typer.Option(False, help="Refuse tool calls that come back without their reasoning."),
 ) -> None:
     """Serve a model over HTTP, with a chat page at /.
 
@@ -37,12 +38,14 @@ def serve(
     import torch
     import uvicorn
 
+    from dsv4.common.memory import keep_freed_memory
     from dsv4.server.app import create_app
     from dsv4.server.chat import ALIASES, Service
 
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    service = Service.load(path, dialect, dtype, device, alias or ALIASES)
+    service = Service.load(path, dialect, dtype, device, alias or ALIASES, strict_reasoning)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     where = f"{dtype} on {device}, {torch.get_num_threads()} threads"
     key = ", key needed" if api_key else ""

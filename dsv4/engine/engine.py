@@ -26,7 +26,7 @@ class Engine:
     chunk  prompt tokens per unit of work: larger is faster alone, smaller is fairer in company.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, chunk: int = 512) -> None:
+    def __init__(self, model: Any, tokenizer: Any, chunk: int = 256) -> None:
         self.model, self.tokenizer, self.chunk = model.eval(), tokenizer, chunk
         self.config: Config = model.config
         self.device = model.device

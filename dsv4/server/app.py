@@ -21,6 +21,10 @@ from dsv4.server.chunks import Chunk, assemble
 from dsv4.text import RequestError
 
 PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = {  # the page talks to its own server and to nobody else
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+}
 LARGEST_BODY = 48 * 2**20
 T = TypeVar("T")
 
@@ -76,7 +80,7 @@ def create_app(service: Service, api_key: str | None = None, keep_alive: float =
 
     @app.get("/", response_model=None)
     async def page() -> Response:
-        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache", **PAGE_POLICY})
 
     @app.exception_handler(RequestError)
     async def request_error(request: Request, error: RequestError) -> Response:

@@ -23,6 +23,7 @@ class Service:
 
     sampling  temperature and top_p where the request does not decide: when it is silent, and in thinking mode, where
               DeepSeek ignores it. A folder's generation_config.json recommends them; the releases say 1.0 and 1.0.
+    need_reasoning  refuse tool calls in progress that come back without their reasoning, as the API once did.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class Service:
         dialect: str = "v4-preview",
         aliases: Sequence[str] = ALIASES,
         sampling: dict[str, float] | None = None,
+        need_reasoning: bool = False,
     ) -> None:
         if dialect not in DIALECTS:
             raise ValueError(f"unknown dialect {dialect!r}; known: {', '.join(DIALECTS)}")
-        self.engine, self.name, self.dialect = engine, name, dialect
+        self.engine, self.name, self.dialect, self.need_reasoning = engine, name, dialect, need_reasoning
         self.models = [name, *(alias for alias in aliases if alias != name)]
         self.sampling = {"temperature": 1.0, "top_p": 1.0} | (sampling or {})
         self.parameters = sum(parameter.numel() for parameter in engine.model.parameters())
@@ -49,6 +51,7 @@ class Service:
         dtype: str = "float32",
         device: str = "cpu",
         aliases: Sequence[str] = ALIASES,
+        need_reasoning: bool = False,
     ) -> Service:
         """Read a model folder; its name is the model's name, its dialect `detect_dialect`'s unless given."""
         import dsv4
@@ -58,7 +61,8 @@ class Service:
         advice = path / "generation_config.json"
         advised = json.loads(advice.read_text(encoding="utf-8")) if advice.is_file() else {}
         sampling = {key: float(advised[key]) for key in ("temperature", "top_p") if key in advised}
-        return Service(engine, path.resolve().name, dialect or detect_dialect(path), aliases, sampling)
+        dialect = dialect or detect_dialect(path)
+        return Service(engine, path.resolve().name, dialect, aliases, sampling, need_reasoning)
 
     def list_models(self) -> Chunk:
         """The body of `GET /models`, with what the chat page wants to know besides."""
@@ -80,7 +84,7 @@ class Reply:
     """The answer to one request. Raises `RequestError` (the user's mistake) before any token is made."""
 
     def __init__(self, service: Service, request: Any) -> None:
-        validate(request, models=service.models)
+        validate(request, models=service.models, need_reasoning=service.need_reasoning)
         self.engine = engine = service.engine
         self.settings = chosen = settings(request)
         ids = render_ids(request, engine.tokenizer, dialect=service.dialect)

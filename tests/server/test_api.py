@@ -17,7 +17,7 @@ from dsv4.server.chat import detect_dialect
 from dsv4.server.chunks import ChunkWriter, assemble, usage
 from dsv4.text import StreamParser, render_ids, settings
 
-HELLO = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
+HELLO: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
 QUICK = HELLO | {"thinking": {"type": "disabled"}}
 TOOL = {"type": "function", "function": {"name": "add", "description": "Sum", "parameters": {"type": "object"}}}
 CALL = (
@@ -264,3 +264,19 @@ def test_the_dialect_is_what_the_folder_s_encoder_says(tmp_path: Path) -> None:
         assert detect_dialect(tmp_path) == dialect
     with pytest.raises(ValueError, match="known: v4-preview, v4-ga"):
         Service(scripted_service("x").engine, "x", dialect="v9")
+
+
+def test_missing_reasoning_is_empty_unless_the_server_is_strict() -> None:
+    service = scripted_service("Fine.</think>Done.")
+    called = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    turns = [
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+    ]
+    request = HELLO | {"messages": HELLO["messages"] + turns, "tools": [TOOL]}
+    assert post(service, request).json()["choices"][0]["message"]["content"] == "Done."
+    strict = Service(service.engine, "scripted", need_reasoning=True)
+    assert (
+        "`reasoning_content` in the thinking mode must be passed back"
+        in post(strict, request).json()["error"]["message"]
+    )
