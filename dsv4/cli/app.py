@@ -5,25 +5,26 @@ A command's module imports only typer and the standard library at its top, so th
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
+from inspect import getdoc
 from typing import Any
 
 import typer
 
 import dsv4
+from dsv4.cli.chat import chat
+from dsv4.cli.doctor import doctor
+from dsv4.cli.estimate import estimate
+from dsv4.cli.generate import generate
+from dsv4.cli.inspect import inspect
+from dsv4.cli.serve import serve
+from dsv4.cli.train import sft, train
 
-# Module and command, in the order in which a reader meets them.
-_NAMES = "serve.serve chat.chat generate.generate train.train train.sft estimate.estimate inspect.inspect doctor.doctor"
-COMMANDS: tuple[Callable[..., Any], ...] = tuple(
-    getattr(importlib.import_module(f"dsv4.cli.{name.split('.')[0]}"), name.split(".")[1])
-    for name in _NAMES.split()
-    if importlib.util.find_spec(f"dsv4.cli.{name.split('.')[0]}")
-)
+# In the order in which a reader meets them.
+COMMANDS: tuple[Callable[..., Any], ...] = (serve, chat, generate, train, sft, estimate, inspect, doctor)
 
 app = typer.Typer(
     name="dsv4",
@@ -53,7 +54,7 @@ def _top(
 
 def _help(command: Callable[..., Any]) -> str:
     """The command's docstring, with its example lines kept as they stand (typer would flow them into one paragraph)."""
-    paragraphs = re.split(r"\n\s*\n", inspect.getdoc(command) or "")
+    paragraphs = re.split(r"\n\s*\n", getdoc(command) or "")
     return "\n\n".join("\b\n" + p if re.search(r"^\s*(\$ )?dsv4 ", p, re.M) else p for p in paragraphs)
 
 
