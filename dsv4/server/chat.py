@@ -16,6 +16,7 @@ from dsv4.text import Event, RequestError, StreamParser, render_ids, settings, v
 
 ALIASES = ("deepseek-v4-flash", "deepseek-v4-pro", "deepseek-flash")
 DIALECTS = ("v4-preview", "v4-ga")
+MARKUP = ("<think>", "</think>", "｜DSML｜")  # the control tokens that mean something in an answer
 
 
 class Service:
@@ -100,6 +101,8 @@ class Reply:
         self.generation = engine.generate(ids, params)
         self.reasoning_tokens = 0
         self._decoder = engine.tokenizer.stream_decoder()
+        special = engine.tokenizer.special
+        self._silent = {id for token, id in special.items() if token not in MARKUP}
         self._in_thought = chosen.start == "reasoning"
         self._logprobs: list[Chunk] = []  # of tokens whose text is not out yet
 
@@ -134,7 +137,7 @@ class Reply:
             self.reasoning_tokens += self._in_thought
         if self.top_logprobs is not None:
             self._logprobs.append(self._logprob(id, self.top_logprobs))
-        return self._write(self.parser.push(self._decoder.push(id)))
+        return self._write(self.parser.push("" if id in self._silent else self._decoder.push(id)))
 
     def _end(self) -> Iterator[Chunk]:
         last = self.parser.push(self._decoder.flush())

@@ -21,7 +21,7 @@ IDLE = "document.querySelector('#go').textContent === 'Send'"
 def main(model: str, folder: str) -> None:
     with running(Service.load(model)) as url:
         for dark in (False, True):
-            with Browser(url, width=900, height=760, dark=dark) as page:
+            with Browser(url, width=900, height=840, dark=dark) as page:
                 page.until("model.id")
                 for turn, (text, calculator) in enumerate((("What is 47 + 85?", False), ("What is 38 * 64?", True))):
                     if calculator:

@@ -108,6 +108,11 @@ def test_a_stream_says_what_the_whole_says(path: str, extra: dict[str, Any]) -> 
     assert function["name"] == "add" and json.loads(function["arguments"]) == {"a": 12, "note": 'say "hi"'}
 
 
+def test_stray_control_tokens_are_no_text() -> None:
+    service = scripted_service("Hi<｜begin▁of▁sentence｜> there<｜title｜>.")
+    assert post(service, QUICK).json()["choices"][0]["message"]["content"] == "Hi there."
+
+
 def test_stop_strings_and_max_tokens() -> None:
     service = scripted_service("one two three")
     stopped = post(service, QUICK | {"stop": [" three", "nine"]}).json()
