@@ -72,10 +72,13 @@ def encode_messages(
     if thinking_mode not in ("thinking", "chat"):
         raise ValueError(f"thinking_mode {thinking_mode!r} is neither 'thinking' nor 'chat'")
     row = get_dialect("v4-preview")
+    effort = reasoning_effort or "high"
+    if effort not in row.effort:
+        raise ValueError(f"reasoning_effort {effort!r} is none of {', '.join(row.effort)}")
     history = _turns(context, row)
     turns = history + _turns(messages, row, before=context)
     keep = not drop_thinking or any(turn.tools for turn in turns)
-    plan = _Plan(row, thinking_mode == "thinking", row.effort[reasoning_effort or "high"], keep)
+    plan = _Plan(row, thinking_mode == "thinking", row.effort[effort], keep)
     bos = add_default_bos_token and not context
     return "".join(piece.text for piece in _pieces(turns, plan, len(plan.visible(history)), bos))
 

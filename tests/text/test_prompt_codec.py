@@ -185,5 +185,7 @@ def test_bad_calls_are_named(ours: Tokenizer) -> None:
         render({"messages": [user("a", task="guess")]})
     with pytest.raises(ValueError, match="thinking_mode"):
         encode_messages([user("a")], "loud")
+    with pytest.raises(ValueError, match="'huge' is none of low, high, max"):
+        encode_messages([user("a")], "chat", reasoning_effort="huge")
     with pytest.raises(RequestError, match="ends with the assistant"):
         render_training({"messages": [user("a")]}, ours)
