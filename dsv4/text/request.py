@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dsv4.text.errors import RequestError
 from dsv4.text.strict import strict_schema
@@ -59,7 +59,7 @@ class Settings:
     forced_call: bool  # the prompt opens a tool call block
     json: bool
     stop: tuple[str, ...]
-    start: str  # where the answer begins: "reasoning", "content" or "tools"
+    start: Literal["reasoning", "content", "tools"]  # where the answer begins
     continues: bool  # the answer goes on from a prefix
 
 

@@ -86,8 +86,7 @@ class StreamParser:
     @classmethod
     def of(cls, chosen: Settings) -> StreamParser:
         """The parser for the answer to a request."""
-        start: State = "tools" if chosen.start == "tools" else "reasoning" if chosen.start == "reasoning" else "content"
-        return cls(chosen.thinking, bool(chosen.tools), chosen.stop, start, chosen.continues, chosen.json)
+        return cls(chosen.thinking, bool(chosen.tools), chosen.stop, chosen.start, chosen.continues, chosen.json)
 
     @property
     def done(self) -> bool:
