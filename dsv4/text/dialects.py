@@ -72,7 +72,6 @@ class Dialect:
     skip_empty         empty user messages add no blank line when consecutive ones merge
     empty_invoke       what stands inside an invoke without parameters
     complete_tools     a tool is always shown as name, description, parameters; else its keys as they were sent
-    open_reasoning     a prefix with reasoning alone leaves `<think>` open
     rust_numbers       numbers as serde_json spells them (1e-7, integers beyond 64 bits as floats); else as Python does
     unsupported        what stands for a content part that is no text
     """
@@ -83,7 +82,6 @@ class Dialect:
     skip_empty: bool
     empty_invoke: str
     complete_tools: bool
-    open_reasoning: bool
     rust_numbers: bool
     unsupported: str
 
@@ -96,7 +94,6 @@ DIALECTS = {
         skip_empty=False,
         empty_invoke="\n",
         complete_tools=False,
-        open_reasoning=False,
         rust_numbers=False,
         unsupported="[Unsupported {type}]",
     ),
@@ -107,7 +104,6 @@ DIALECTS = {
         skip_empty=True,
         empty_invoke="",
         complete_tools=True,
-        open_reasoning=True,
         rust_numbers=True,
         unsupported="[Unsupported Image]",
     ),

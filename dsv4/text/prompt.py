@@ -103,7 +103,8 @@ class _Plan:
     """How to write turns.
 
     keep      no reasoning is dropped
-    chat      every answer has a header, whatever stands before it (the encoder below the front-end writes none then)
+    chat      the front-end's manners: every answer has a header, whatever stands before it, and a prefix with
+              reasoning alone leaves `<think>` open
     generate  the end is a header, for the model to go on from
     """
 
@@ -214,7 +215,7 @@ def _answer(turn: _Turn, plan: _Plan, reasoned: bool) -> Iterator[Piece]:
     """What the assistant wrote, after its header."""
     if reasoned:
         yield _text(turn.reasoning, learn=True)
-        if turn.text or turn.calls or not (turn.unfinished and plan.dialect.open_reasoning):
+        if turn.text or turn.calls or not (turn.unfinished and plan.chat):
             yield _control(END_THINK, learn=True)
     yield _text(turn.text, learn=True)
     if turn.calls:

@@ -74,7 +74,7 @@ def settings(body: dict[str, Any]) -> Settings:
     last = body["messages"][-1]
     continues = bool(last.get("prefix")) and last["role"] == "assistant"
     forced = choice == "required" or isinstance(choice, dict)
-    reasoning = thinking and not (continues and last.get("content"))
+    reasoning = thinking and not last.get("task") and not (continues and last.get("content"))
     return Settings(
         thinking=thinking,
         effort=EFFORTS.get(effort or "high", "high"),

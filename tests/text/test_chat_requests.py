@@ -181,3 +181,20 @@ def test_any_tool_schema_renders_or_is_refused(schema: Any, strict: bool) -> Non
         render({"messages": [USER], "tools": [tool(parameters=parameters, strict=strict)]}, "v4-ga")
     except RequestError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("messages", "start"),
+    [
+        ([USER], "reasoning"),
+        ([USER, {"role": "assistant", "content": "a", "prefix": True}], "content"),
+        ([USER, {"role": "assistant", "content": "", "reasoning_content": "r", "prefix": True}], "reasoning"),
+        ([USER | {"task": "action"}], "content"),
+    ],
+)
+def test_where_the_answer_starts(messages: list[dict[str, Any]], start: str) -> None:
+    """The parser has to know what the prompt ended in, in every dialect."""
+    assert settings({"messages": messages}).start == start
+    for dialect in ("v4-preview", "v4-ga"):
+        open_thought = render({"messages": messages}, dialect).rpartition("<think>")[2]
+        assert (start == "reasoning") == ("</think>" not in open_thought and "<｜action｜>" not in open_thought)

@@ -71,7 +71,7 @@ def test_preview_vectors(vectors: dict[str, Any]) -> None:
         ),
         (
             {"messages": [user("a"), assistant("", reasoning_content="r", prefix=True)]},
-            f"{B}{U}a{A}<think>r</think>",
+            f"{B}{U}a{A}<think>r",
         ),
         ({"messages": [user("p", task="domain")], **OFF}, f"{B}{U}p<｜domain｜>"),
         ({"messages": [user("p", task="action")]}, f"{B}{U}p{A}<think><｜action｜>"),
