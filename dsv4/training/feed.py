@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ class Feed:
         if self.tokenizer.vocab_size > vocabulary:
             raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only {vocabulary}")
         data = recipe.data
-        texts = [(load_documents(self.tokens, name), repeats) for name, repeats in data.repeats.items() if repeats > 0]
+        filled = json.loads((self.tokens / "meta.json").read_text())["sources"]
+        if unknown := data.repeats.keys() - filled.keys():
+            raise ValueError(f"data.repeats names {', '.join(sorted(unknown))}; the corpus has {', '.join(filled)}")
+        wanted = {name: repeats for name, repeats in data.repeats.items() if repeats > 0}
+        wanted = {name: repeats for name, repeats in wanted.items() if filled[name]["tokens"]}  # no man pages here?
+        texts = [(load_documents(self.tokens, name), repeats) for name, repeats in wanted.items()]
         self.sources: list[tuple[Documents, float]] = texts
         if data.kind == "tasks":
             tasks = Documents.from_samples(sft_samples(recipe.seed, data.samples, self.tokenizer))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dsv4.config import Config
 from dsv4.training.optimizer import OptimizerSettings
-from dsv4.training.schedule import Schedule
+from dsv4.training.schedule import Schedule, StepPlan
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,19 @@ class Recipe:
     log_every: int = 1
     checkpoint_every: int = 200
     keep: int = 2
+
+    def plan(self, step: int) -> StepPlan:
+        """What the schedule says for `step`."""
+        return self.schedule.at(step, self.optimizer.lr, self.optimizer.end_lr_ratio)
+
+    def agrees(self, other: Recipe, steps: int) -> bool:
+        """Whether `other` would have done the first `steps` steps alike: then a run may go on under it, and it alone
+        reproduces the whole run. What only concerns reporting or the machine does not count."""
+        reporting = ("export", "device", "threads", "evaluate", "log_every", "checkpoint_every", "keep")
+        aside = {key: getattr(self, key) for key in reporting}
+        same = dataclasses.replace(other, schedule=self.schedule, **aside) == self
+        known = steps <= self.schedule.steps
+        return same and known and all(self.plan(step) == other.plan(step) for step in range(steps))
 
     def __post_init__(self) -> None:
         for _, length in self.schedule.lengths:

@@ -20,7 +20,7 @@ def time_check(recipe: Recipe, minutes: float) -> Iterator[str]:
     schedule = recipe.schedule
     kinds: dict[tuple[str, int], int] = {}
     for step in range(schedule.steps):
-        plan = schedule.at(step, recipe.optimizer.lr, recipe.optimizer.end_lr_ratio)
+        plan = recipe.plan(step)
         kinds[plan.phase, plan.length] = kinds.get((plan.phase, plan.length), 0) + 1
     seconds = 0.0
     for (phase, length), steps in kinds.items():

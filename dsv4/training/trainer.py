@@ -19,6 +19,7 @@ from dsv4.common.console import Progress
 from dsv4.common.files import atomic_write
 from dsv4.common.memory import keep_freed_memory
 from dsv4.common.metrics import MetricsLog, read_metrics
+from dsv4.common.runconfig import load as read_recipe
 from dsv4.common.runconfig import resolved
 from dsv4.common.seeds import derive
 from dsv4.model import Transformer
@@ -104,8 +105,7 @@ class Trainer:
         found = list_checkpoints(self.checkpoints)
         if found and not resume:
             raise ValueError(f"{folder} holds a run at {found[-1].name}; resume it, or choose another name")
-        text = resolved(recipe)
-        if found and (folder / "recipe.toml").read_text() != text:
+        if found and not recipe.agrees(read_recipe(Recipe, folder / "recipe.toml"), int(found[-1].name[-8:])):
             raise ValueError(f"{folder} was begun with another recipe (its recipe.toml); choose another name")
         self.feed = Feed(recipe)
         self.model = self._new_model()
@@ -118,7 +118,7 @@ class Trainer:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if found:
             self._restore(found[-1])
-        atomic_write(folder / "recipe.toml", text)
+        atomic_write(folder / "recipe.toml", resolved(recipe))
         self.log = MetricsLog(folder / "metrics.jsonl", self.step)
 
     def _new_model(self) -> Transformer:
@@ -128,13 +128,9 @@ class Trainer:
         model = Transformer(settings.config(), dtype=getattr(torch, settings.dtype))
         return model.init_weights(derive(self.recipe.seed, "weights")).to(self.device)
 
-    def plan(self, step: int) -> StepPlan:
-        """What the schedule says for `step`."""
-        return self.recipe.schedule.at(step, self.recipe.optimizer.lr, self.recipe.optimizer.end_lr_ratio)
-
     def advance(self) -> dict[str, Any]:
         """Trains one step and returns its metrics."""
-        recipe, plan = self.recipe, self.plan(self.step)
+        recipe, plan = self.recipe, self.recipe.plan(self.step)
         parts = {"off": ["model"], "warmup": ["indexer"], "sparse": ["model", "indexer"]}[plan.phase]
         weights = {"lm": 1.0, "mtp": plan.mtp_weight}
         weights |= {"balance": recipe.balance_weight, "indexer": recipe.indexer_weight}
@@ -155,7 +151,7 @@ class Trainer:
         row |= {"step": self.step, "tokens": self.tokens, "lr": plan.lr, "tokens_per_s": tokens / seconds}
         if loads:
             row["load_max_mean"] = max(float(load.max() / load.float().mean()) for load in loads)
-        if self.step == 1 or plan.phase != self.plan(self.step - 2).phase:
+        if self.step == 1 or plan.phase != self.recipe.plan(self.step - 2).phase:
             row["phase_began"] = {"off": "dense", "warmup": "indexer warm-up", "sparse": "sparse"}[plan.phase]
         return row
 
@@ -169,7 +165,7 @@ class Trainer:
             while self.step < last:
                 row = self.advance()
                 if self.step % recipe.evaluate.every == 0 or self.step == steps:
-                    mode = "sparse" if self.plan(self.step - 1).phase == "sparse" else "off"
+                    mode = "sparse" if self.recipe.plan(self.step - 1).phase == "sparse" else "off"
                     row["bits_per_byte"] = bits_per_byte(self.model, heldout, recipe.evaluate.rows, mode)
                     progress.note(f"step {self.step}: held-out {row['bits_per_byte']:.4f} bits per byte")
                 if self.step % recipe.log_every == 0 or len(row.keys() & {"bits_per_byte", "phase_began"}):
