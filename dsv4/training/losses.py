@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv4.model import Transformer
 
-_CHUNK = 512  # rows whose logits exist at one time
+_CHUNK = 512  # rows whose logits exist at one time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         grads = hidden.requires_grad or head.requires_grad
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(_CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits = (hidden[part] @ head.T).float()
-            log_z = logits.logsumexp(-1)
-            total += ((log_z - logits.gather(1, targets[part, None])[:, 0]) * weights[part]).sum()
+        for start in range(0, len(hidden), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits, target = hidden[part] @ head.T, targets[part, None]
+            p = logits.softmax(-1, dtype=torch.float32)
+            log_z = logits.amax(-1).float() - p.amax(-1).log()  # the largest p is 1 / sum exp(logit - largest logit)
+            total += ((log_z - logits.gather(1, target)[:, 0].float()) * weights[part]).sum()
             if grads:
-                slope = logits.sub_(log_z[:, None]).exp_()
-                slope.scatter_add_(1, targets[part, None], torch.full_like(log_z[:, None], -1))
-                slope = slope.mul_(weights[part, None]).to(head.dtype)
+                p.scatter_add_(1, target, torch.full_like(log_z[:, None], -1))
+                slope = p.mul_(weights[part, None]).to(head.dtype)
                 d_hidden[part] = slope @ head
                 d_head += slope.T @ hidden[part]
         ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
