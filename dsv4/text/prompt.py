@@ -306,9 +306,12 @@ def _content(message: dict[str, Any], dialect: Dialect) -> str:
 
 
 def _renamed(message: dict[str, Any]) -> dict[str, Any]:
-    """The chat body's words for things in the encoder's: developer is system, prefix is an open turn."""
+    """A chat body's message in the encoder's words: developer is system, prefix is an open turn, and nothing else of
+    what the encoder knows and the API does not."""
     role = "system" if message["role"] == "developer" else message["role"]
-    return message | {"role": role, "wo_eos": role == "assistant" and bool(message.get("prefix"))}
+    unfinished = role == "assistant" and bool(message.get("prefix"))
+    calls = message.get("tool_calls") if role == "assistant" else None
+    return message | {"role": role, "wo_eos": unfinished, "tool_calls": calls, "tools": None, "response_format": None}
 
 
 def _complete(tool: dict[str, Any]) -> dict[str, Any]:

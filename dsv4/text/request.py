@@ -198,7 +198,7 @@ def _check_messages(messages: list[Any], answered: bool) -> None:
         if waiting:
             break
         seen = set()
-        for call in message.get("tool_calls") or []:
+        for call in _calls(message):
             if call["id"] in seen:
                 raise RequestError(f"Duplicate value for 'tool_call_id' of {call['id']} in message[{index}]")
             seen.add(call["id"])
@@ -208,7 +208,7 @@ def _check_messages(messages: list[Any], answered: bool) -> None:
                 "Invalid completion message: prefix set true with message which is not final message or message "
                 "role is not assistant"
             )
-    if waiting and not (answered and messages[-1].get("tool_calls")):
+    if waiting and not (answered and _calls(messages[-1])):
         raise RequestError(f"{UNANSWERED}. (insufficient tool messages following tool_calls message)")
     if answered and messages[-1]["role"] != "assistant":
         raise RequestError(f"a training sample ends with the assistant, not with role {messages[-1]['role']!r}")
@@ -235,7 +235,7 @@ def _check_message(at: str, message: Any) -> None:
             raise _shape(place, "missing field `text`")
     if message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
         raise _shape(at, "missing field `tool_call_id`")
-    for key, kind in FIELDS.items():
+    for key, kind in FIELDS.items() if assistant else [("task", str)]:
         if message.get(key) is not None and not isinstance(message[key], kind):
             raise _shape(f"{at}.{key}", f"invalid type: {_kind(message[key])}, expected {_kind(kind())}")
     calls = message.get("tool_calls") if assistant else None
@@ -260,7 +260,7 @@ def _check_reasoning(body: dict[str, Any]) -> None:
     messages = body["messages"]
     last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
     for message in messages[last + 1 :] if settings(body).thinking else ():
-        if message.get("tool_calls") and message.get("reasoning_content", message.get("reasoning")) is None:
+        if _calls(message) and message.get("reasoning_content", message.get("reasoning")) is None:
             raise RequestError("The `reasoning_content` in the thinking mode must be passed back to the API.")
 
 
@@ -362,8 +362,13 @@ def _check_prefix(body: dict[str, Any]) -> None:
         return
     if (body.get("response_format") or {}).get("type") == "json_object":
         raise RequestError("response_format json_object should not be used with prefix")
-    if body.get("tools") or any(message.get("tool_calls") for message in body["messages"]):
+    if body.get("tools") or any(_calls(message) for message in body["messages"]):
         raise RequestError("Function call should not be used with prefix")
+
+
+def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tool calls of an assistant message; on other roles the key means nothing."""
+    return (message.get("tool_calls") or []) if message["role"] == "assistant" else []
 
 
 def _words(messages: list[dict[str, Any]]) -> str:

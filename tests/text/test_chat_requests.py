@@ -145,6 +145,9 @@ anything = st.recursive(
     ),
     max_leaves=12,
 )
+message_keys = st.sampled_from(
+    "tools response_format wo_eos tool_calls tool_call_id task prefix reasoning name".split()
+)
 schemas = st.recursive(
     st.none() | st.sampled_from(["string", "object", "array", "email", 1, ["string", "null"], {"type": "string"}]),
     lambda inner: (
@@ -198,3 +201,14 @@ def test_where_the_answer_starts(messages: list[dict[str, Any]], start: str) -> 
     for dialect in ("v4-preview", "v4-ga"):
         open_thought = render({"messages": messages}, dialect).rpartition("<think>")[2]
         assert (start == "reasoning") == ("</think>" not in open_thought and "<｜action｜>" not in open_thought)
+
+
+@given(st.sampled_from(["system", "user", "assistant", "latest_reminder"]), st.dictionaries(message_keys, anything))
+def test_any_extra_keys_of_a_message_are_ignored_or_refused(role: str, extra: dict[str, Any]) -> None:
+    for dialect in ("v4-preview", "v4-ga"):
+        try:
+            prompt = render({"messages": [USER, {"role": role, "content": "y"} | extra]}, dialect)
+        except RequestError as error:
+            assert str(error)
+        else:
+            assert "y" in prompt
