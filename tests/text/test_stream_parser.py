@@ -115,6 +115,8 @@ def test_stream_vectors(vectors: dict[str, Any]) -> None:
         (block('name="x" string="true">1').split(f"</{D}param")[0], '{"x": "1"}'),
         (block('name="x" string="true">1', 'name="y" string="false">[1, 2]').split(" 2]")[0], '{"x": "1"}'),
         (block('name="x" string="true">1').split("string")[0], "{}"),
+        (block('name="x" string="true">1').split("DSML｜parameter>")[0], '{"x": "1"}'),
+        (block('name="x" string="true">a <').split(f"</{D}param")[0], '{"x": "a <"}'),
         (block().split(f"</{D}invoke")[0], "{}"),
     ],
 )
