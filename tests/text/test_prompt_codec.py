@@ -93,7 +93,8 @@ def test_preview_calls_and_results() -> None:
     results = [{"role": "tool", "tool_call_id": id, "content": f"r{id}"} for id in "21"]
     written = (
         "\n\n<｜DSML｜tool_calls>\n"
-        '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="x" string="true">y</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="f">\n'
+        '<｜DSML｜parameter name="x" string="true">y</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
         '<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
     )
     shown = f"{U}<tool_result>r1</tool_result>\n\n<tool_result>r2</tool_result>{A}</think>"
