@@ -114,7 +114,9 @@ class Attention(nn.Module):
                 with torch.enable_grad():
                     losses.append(index_loss(scores, p_far.float().sum(2), far_mask))
         if trace is not None and losses:
-            trace.index_losses.append(sum(loss for loss, _ in losses) / sum(count for _, count in losses).clamp(min=1))
+            with torch.enable_grad():
+                total, count = (torch.stack(part).sum() for part in zip(*losses))
+                trace.index_losses.append(total / count.clamp(min=1))
         if memory is not None and not ring:
             memory.window.write(kv, plan)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

@@ -1,0 +1,147 @@
+"""The C++ kernels against the plain torch of the same name, and that against autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv4 import kernels
+from dsv4.kernels import reference
+from dsv4.kernels.cpu import attention, hyper_connections, library, rope
+
+needs_library = pytest.mark.skipif(library.library() is None, reason="no C++ compiler here: only the reference runs")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
+
+
+def compare(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...], inputs: list[Tensor], tolerance: float) -> None:
+    """Outputs and gradients, relative to the largest value."""
+    weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(100 + i)) for i, t in enumerate(wanted)]
+    grads = [torch.autograd.grad(sum((o * w).sum() for o, w in zip(side, weights)), inputs) for side in (ours, wanted)]
+    for a, b in zip((*ours, *grads[0]), (*wanted, *grads[1])):
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=0.1), (a.shape, (a - b).abs().max())
+
+
+@needs_library
+@given(rows=st.integers(1, 70), dim=st.sampled_from([1, 7, 32, 100]), threads=st.sampled_from([1, 2]))
+def test_hyper_connections(rows: int, dim: int, threads: int) -> None:
+    site = [normal(24, 4 * dim, seed=1), normal(24, seed=2), normal(3, seed=3)]
+    streams, y = normal(rows, 4, dim, seed=4), normal(rows, dim, seed=5)
+
+    def run(backend: object) -> tuple[Tensor, ...]:
+        x, post, comb = backend.hc_enter(streams, *site, 20, 1e-6, 1e-6)  # type: ignore[attr-defined]
+        return x, post, comb, backend.hc_leave(streams, y + x, post, comb)  # type: ignore[attr-defined]
+
+    old = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare(run(hyper_connections), run(reference), [streams, y, *site], 2e-5)
+    finally:
+        torch.set_num_threads(old)
+
+
+@needs_library
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 9), st.booleans())
+def test_joint_attention(batch: int, blocks: int, heads: int, entries: int, gathered: bool) -> None:
+    block, window, dim = 4, 6, 5
+    tokens = block * blocks
+    q, near = normal(batch, tokens, heads, dim), normal(batch * blocks, window + block, dim, seed=1)
+    sink = normal(heads, seed=2)
+    near_mask = torch.rand(1 if gathered else batch, tokens, window + block) < 0.7
+    near_mask[..., 0] = True
+    far = far_mask = None
+    if entries:
+        far = normal(batch * tokens if gathered else batch, entries, dim, seed=3)
+        far_mask = torch.rand(batch, tokens, entries) < 0.5  # some queries see none
+    inputs = [q, near, sink] + ([] if far is None else [far])
+    results = [b.joint_attention(q, near, near_mask, far, far_mask, sink, 0.3) for b in (attention, reference)]
+    compare((results[0][0],), (results[1][0],), inputs, 2e-5)
+    if far is not None:
+        assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+@needs_library
+@given(st.integers(1, 40), st.integers(1, 3), st.sampled_from([(8, 4), (32, 3), (6, 3)]))
+def test_norm_and_rotation(rows: int, heads: int, shape: tuple[int, int]) -> None:
+    width, pairs = shape
+    x, weight = normal(rows, heads, width), normal(width, seed=1)
+    angles = torch.polar(torch.ones(rows, 1, pairs), torch.rand(rows, 1, pairs) * 7)
+    for w in (weight, None):
+        inputs = [x] if w is None else [x, w]
+        compare((rope.rms_norm(x, w, 1e-6),), (reference.rms_norm(x, w, 1e-6),), inputs, 2e-5)
+    for a in (angles, angles.conj()):
+        compare((rope.rotate(x, a),), (reference.rotate(x, a),), [x], 2e-5)
+    assert torch.allclose(kernels.rotate(kernels.rotate(x, angles), angles.conj()), x, atol=1e-5)
+
+
+@needs_library
+def test_bfloat16_rounds_once() -> None:
+    """Each C++ result in bf16 is within one rounding of the float32 result on the same bf16 inputs."""
+    streams, y = (normal(50, *s).detach().bfloat16() for s in ((4, 48), (48,)))
+    site = [t.detach() for t in (normal(24, 192, seed=1), normal(24, seed=2), normal(3, seed=3))]
+    low = hyper_connections.hc_enter(streams, *site, 20, 1e-6, 1e-6)
+    high = reference.hc_enter(streams.float(), *site, 20, 1e-6, 1e-6)
+    assert ((low[0].float() - high[0]).abs() <= high[0].abs() * 2**-8 + 1e-6).all()
+    mixed = hyper_connections.hc_leave(streams, y, *low[1:]).float(), reference.hc_leave(streams.float(), y.float(), *high[1:])
+    assert ((mixed[0] - mixed[1]).abs() <= mixed[1].abs() * 2**-8 + 1e-5).all()
+    x, w = normal(9, 64).detach().bfloat16(), normal(64, seed=1).detach()
+    exact = reference.rms_norm(x.float(), w, 1e-6)
+    assert ((rope.rms_norm(x, w, 1e-6).float() - exact).abs() <= exact.abs() * 2**-8).all()
+
+
+def test_reference_gradients_in_float64() -> None:
+    """Hand-written backward passes against finite differences."""
+    d = torch.float64
+    check = torch.autograd.gradcheck
+    m = normal(4, 4, 3, dtype=d)
+    assert check(lambda z: reference.sinkhorn(z, 20, 1e-6), (m,))
+    angles = torch.polar(torch.ones(5, 2, dtype=d), torch.rand(5, 2, dtype=d)).to(torch.complex64)
+    x = normal(5, 6)
+    rotated = reference.rotate(x, angles)
+    (gradient,) = torch.autograd.grad(rotated.square().sum(), x)
+    assert torch.allclose(gradient, 2 * x, atol=1e-5), "a rotation keeps lengths, so the gradient of |Rx|^2 is 2x"
+    tokens, weight = normal(7, 4, dtype=d), normal(7, dtype=d, seed=1)
+    experts = [normal(3, 5, 4, dtype=d, seed=2), normal(3, 4, 5, dtype=d, seed=3), normal(3, 5, 4, dtype=d, seed=4)]
+
+    def plain(x: Tensor, w: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        owner = [0, 0, 0, 0, 2, 2, 2]
+        return torch.stack([w[i] * (w2[e] @ reference.swiglu(w1[e] @ x[i], w3[e] @ x[i], 0.4)) for i, e in enumerate(owner)])
+
+    ours = reference.grouped_experts(*(t.float() for t in (tokens, weight, *experts)), [4, 0, 3], 0.4)
+    wanted = plain(tokens, weight, *experts)
+    assert torch.allclose(ours.double(), wanted, atol=1e-5)
+    leaves = [tokens, weight, *experts]
+    for a, b in zip(torch.autograd.grad(ours.double().square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_sinkhorn_is_nearly_doubly_stochastic() -> None:
+    c = reference.sinkhorn(normal(4, 4, 100) * 3, 20, 1e-6)
+    assert (c.sum(0) - 1).abs().max() < 1e-5, "it ends on a column pass"
+    assert (c.sum(1) - 1).abs().max() < 0.2 and (c >= 0).all()
+
+
+@given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.0, 0.5, 2.0, float("-inf")]), min_size=6, max_size=6), min_size=1), st.integers(1, 7))
+def test_top_mask_breaks_ties_towards_the_lowest_index(rows: list[list[float]], k: int) -> None:
+    mask = kernels.top_mask(torch.tensor(rows), k)
+    for row, chosen in zip(rows, mask.tolist()):
+        wanted = sorted(range(6), key=lambda i: (-row[i], i))[:k]
+        assert [i for i in range(6) if chosen[i]] == sorted(wanted)
+
+
+def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    library.library.cache_clear()
+    try:
+        assert library.library() is None
+        assert "no C++ compiler" in caplog.text
+        x = normal(3, 8)
+        assert torch.equal(kernels.rms_norm(x, None, 1e-6), reference.rms_norm(x, None, 1e-6))
+    finally:
+        monkeypatch.undo()
+        library.library.cache_clear()
