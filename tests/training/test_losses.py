@@ -99,6 +99,18 @@ def test_components_of_each_phase() -> None:
     assert float(got["off"]["lm"].detach() / scored) == pytest.approx(math.log(MICRO.vocab_size), rel=0.02)
 
 
+def test_mtp_learns_the_token_after_next() -> None:
+    whole, net = batch(), model()
+    with torch.no_grad():
+        found, _ = components(net, whole, "sparse", True)
+        out = net.train_forward(whole.ids, whole.documents)
+        assert out.mtp_hidden is not None
+        for name, hidden, ahead in (("lm", out.hidden, 1), ("mtp", out.mtp_hidden, 2)):
+            nll = -net.logits(hidden).log_softmax(-1)[:, :-ahead].gather(-1, whole.ids[:, ahead:, None])[..., 0]
+            same = whole.documents[:, ahead:] == whole.documents[:, :-ahead]
+            torch.testing.assert_close(found[name], (nll * same * whole.weights[:, ahead:]).sum())
+
+
 def test_a_step_does_not_depend_on_its_split() -> None:
     def gradients(parts: list[Batch]) -> dict[str, torch.Tensor]:
         net = model()
