@@ -154,6 +154,13 @@ def test_a_long_string_is_streamed_while_it_grows() -> None:
     assert rest == [Event("tool_arguments", '<"}', 0), Event("tool_end", index=0)]
 
 
+def test_a_name_given_twice_counts_once_however_long_its_values() -> None:
+    first, second = "a" * 2 * STREAM_AFTER, "b" * 2 * STREAM_AFTER
+    for values, wanted in (((first, second), first), (("short", second), second), ((first, "short"), first)):
+        text = block(*(f'name="x" string="true">{value}' for value in values))
+        assert arguments(text) == json.dumps({"x": wanted})
+
+
 def test_only_what_could_be_markup_is_held_back() -> None:
     parser = StreamParser(thinking=True, stop=["END"])
     assert parser.push("a <b> c\n") == [Event("reasoning", "a <b> c")]
@@ -186,6 +193,7 @@ def test_json_mode_gives_the_first_value_alone() -> None:
         ('Here:\n```json\n{"a": "}"}\n```\nDone', '{"a": "}"}'),
         ('[1, {"b": "\\"]"}] {"c": 2}', '[1, {"b": "\\"]"}]'),
         ('{"a": 1', '{"a": 1'),
+        ('{"a": "\\\\"} {"b": 2}', '{"a": "\\\\"}'),
         ("no json", ""),
     ):
         for pieces in ([text], text):
