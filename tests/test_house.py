@@ -185,6 +185,12 @@ def test_links_and_trees_of_the_documents_lead_somewhere() -> None:
             assert (ROOT / name).exists(), f"{document.name}: {name}"
 
 
+def test_the_readme_counts_the_mutants() -> None:
+    source = (ROOT / "tests" / "parity" / "test_mutations.py").read_text()
+    count = len(re.findall(r'^@mutant$|^MUTANTS\["', source, re.M))
+    assert f"{count} mutants" in (ROOT / "README.md").read_text()
+
+
 def definitions(path: Path) -> set[Any]:
     """Functions, classes, methods (as Class.method), constants and literal keys (TABLE["key"] = ...) of a file."""
     names: set[Any] = set()
