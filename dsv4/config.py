@@ -110,12 +110,20 @@ class Config:
             if getattr(self, key) != value:
                 raise ValueError(f"config: {key} is {getattr(self, key)!r}; DeepSeek-V4 has {value!r}")
         if self.num_attention_heads % self.o_groups:
-            raise ValueError(f"config: num_attention_heads {self.num_attention_heads} is not a multiple of o_groups {self.o_groups}")
+            raise ValueError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of o_groups {self.o_groups}"
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}")
+            raise ValueError(
+                f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts "
+                f"{self.n_routed_experts}"
+            )
         for key in ("head_dim", "index_head_dim"):
             if self.qk_rope_head_dim > getattr(self, key) or self.qk_rope_head_dim % 2:
-                raise ValueError(f"config: qk_rope_head_dim {self.qk_rope_head_dim} must be even and at most {key} {getattr(self, key)}")
+                raise ValueError(
+                    f"config: qk_rope_head_dim {self.qk_rope_head_dim} must be even and at most "
+                    f"{key} {getattr(self, key)}"
+                )
         if not 0 <= self.num_hash_layers <= self.num_hidden_layers:
             raise ValueError(f"config: num_hash_layers {self.num_hash_layers} is outside 0..{self.num_hidden_layers}")
         if self.expert_dtype not in (None, "fp4", "fp8"):
@@ -318,60 +326,132 @@ def _fold_transformers(data: dict[str, Any]) -> None:
 
 
 _SIZES = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_lora_rank o_groups "
-    "n_routed_experts num_experts_per_tok moe_intermediate_size index_n_heads index_head_dim index_topk "
+    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_lora_rank "
+    "o_groups n_routed_experts num_experts_per_tok moe_intermediate_size index_n_heads index_head_dim index_topk "
     "hc_mult hc_sinkhorn_iters sliding_window max_position_embeddings"
 ).split()
 _FIXED: dict[str, Any] = {
-    "num_key_value_heads": 1, "n_shared_experts": 1, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc",
-    "norm_topk_prob": True, "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 _OFFICIAL_NAMES = {
-    "dim": "hidden_size", "moe_inter_dim": "moe_intermediate_size", "n_layers": "num_hidden_layers",
-    "n_hash_layers": "num_hash_layers", "n_heads": "num_attention_heads", "n_activated_experts": "num_experts_per_tok",
-    "score_func": "scoring_func", "route_scale": "routed_scaling_factor", "rope_head_dim": "qk_rope_head_dim",
-    "window_size": "sliding_window", "norm_eps": "rms_norm_eps", "n_mtp_layers": "num_nextn_predict_layers",
-}  # fmt: skip
+    "dim": "hidden_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_hash_layers": "num_hash_layers",
+    "n_heads": "num_attention_heads",
+    "n_activated_experts": "num_experts_per_tok",
+    "score_func": "scoring_func",
+    "route_scale": "routed_scaling_factor",
+    "rope_head_dim": "qk_rope_head_dim",
+    "window_size": "sliding_window",
+    "norm_eps": "rms_norm_eps",
+    "n_mtp_layers": "num_nextn_predict_layers",
+}
 _OFFICIAL_ROPE = {
-    "original_seq_len": "original_max_position_embeddings", "rope_factor": "factor",
-    "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-}  # fmt: skip
+    "original_seq_len": "original_max_position_embeddings",
+    "rope_factor": "factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+}
 # Keys that say nothing about the network: provenance, run-time hints, generic transformers fields.
 _NOT_OURS = set(
-    "architectures transformers_version use_cache dtype scale_fmt max_batch_size max_seq_len pad_token_id output_router_logits "
-    "router_aux_loss_coef router_jitter_noise mlp_bias _name_or_path _attn_implementation id2label label2id "
+    "architectures transformers_version use_cache dtype scale_fmt max_batch_size max_seq_len pad_token_id "
+    "output_router_logits router_aux_loss_coef router_jitter_noise mlp_bias _name_or_path "
+    "_attn_implementation id2label label2id "
     "return_dict output_hidden_states output_attentions problem_type is_encoder_decoder chunk_size_feed_forward "
     "attn_implementation experts_implementation _experts_implementation _commit_hash auto_map".split()
 )
 
 _YARN_QUANT = {
-    "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-}  # fmt: skip
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 _FLASH = Config(
-    vocab_size=129280, hidden_size=4096, num_hidden_layers=43, num_attention_heads=64, head_dim=512, qk_rope_head_dim=64,
-    q_lora_rank=1024, o_lora_rank=1024, o_groups=8, compress_ratios=(0, 0) + (4, 128) * 20 + (4, 0),
-    n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048, routed_scaling_factor=1.5,
-    index_n_heads=64, index_head_dim=128, index_topk=512, expert_dtype="fp4", quantization_config=_YARN_QUANT,
-)  # fmt: skip
+    vocab_size=129280,
+    hidden_size=4096,
+    num_hidden_layers=43,
+    num_attention_heads=64,
+    head_dim=512,
+    qk_rope_head_dim=64,
+    q_lora_rank=1024,
+    o_lora_rank=1024,
+    o_groups=8,
+    compress_ratios=(0, 0) + (4, 128) * 20 + (4, 0),
+    n_routed_experts=256,
+    num_experts_per_tok=6,
+    moe_intermediate_size=2048,
+    routed_scaling_factor=1.5,
+    index_n_heads=64,
+    index_head_dim=128,
+    index_topk=512,
+    expert_dtype="fp4",
+    quantization_config=_YARN_QUANT,
+)
 _PRO = _FLASH.replace(
-    hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536, o_groups=16,
-    compress_ratios=(128, 128) + (4, 128) * 29 + (4, 0), n_routed_experts=384, moe_intermediate_size=3072,
-    routed_scaling_factor=2.5, index_topk=1024,
-)  # fmt: skip
+    hidden_size=7168,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    o_groups=16,
+    compress_ratios=(128, 128) + (4, 128) * 29 + (4, 0),
+    n_routed_experts=384,
+    moe_intermediate_size=3072,
+    routed_scaling_factor=2.5,
+    index_topk=1024,
+)
 _NANO = Config(
-    vocab_size=4096, hidden_size=256, num_hidden_layers=7, num_attention_heads=8, head_dim=64, qk_rope_head_dim=32,
-    q_lora_rank=128, o_lora_rank=64, o_groups=2, compress_ratios=(0, 0, 4, 32, 4, 32, 4, 0),
-    n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, num_hash_layers=2, routed_scaling_factor=1.5,
-    index_n_heads=8, index_head_dim=32, index_topk=64, max_position_embeddings=4096,
+    vocab_size=4096,
+    hidden_size=256,
+    num_hidden_layers=7,
+    num_attention_heads=8,
+    head_dim=64,
+    qk_rope_head_dim=32,
+    q_lora_rank=128,
+    o_lora_rank=64,
+    o_groups=2,
+    compress_ratios=(0, 0, 4, 32, 4, 32, 4, 0),
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=96,
+    num_hash_layers=2,
+    routed_scaling_factor=1.5,
+    index_n_heads=8,
+    index_head_dim=32,
+    index_topk=64,
+    max_position_embeddings=4096,
     rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=1024),
-)  # fmt: skip
+)
 _MICRO = _NANO.replace(
-    vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=32, qk_rope_head_dim=16,
-    q_lora_rank=32, o_lora_rank=16, compress_ratios=(0, 4, 16, 4, 0), n_routed_experts=4, moe_intermediate_size=32,
-    num_hash_layers=1, index_n_heads=4, index_head_dim=16, index_topk=8, sliding_window=16, max_position_embeddings=1024,
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=32,
+    qk_rope_head_dim=16,
+    q_lora_rank=32,
+    o_lora_rank=16,
+    compress_ratios=(0, 4, 16, 4, 0),
+    n_routed_experts=4,
+    moe_intermediate_size=32,
+    num_hash_layers=1,
+    index_n_heads=4,
+    index_head_dim=16,
+    index_topk=8,
+    sliding_window=16,
+    max_position_embeddings=1024,
     rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=256),
-)  # fmt: skip
+)
 PRESETS: dict[str, Config] = {
     "flash": _FLASH,
     "pro": _PRO,

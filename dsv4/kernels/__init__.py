@@ -15,8 +15,17 @@ from dsv4.kernels.cpu import rope as _cpu_rope
 from dsv4.kernels.reference import collapse, grouped_experts, stream_logits, swiglu, top_mask
 
 __all__ = [
-    "collapse", "grouped_experts", "hc_enter", "hc_leave", "joint_attention", "rms_norm", "rotate", "stream_logits", "swiglu", "top_mask",
-]  # fmt: skip
+    "collapse",
+    "grouped_experts",
+    "hc_enter",
+    "hc_leave",
+    "joint_attention",
+    "rms_norm",
+    "rotate",
+    "stream_logits",
+    "swiglu",
+    "top_mask",
+]
 
 
 def hc_enter(
@@ -36,7 +45,8 @@ def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 def joint_attention(
     q: Tensor, near: Tensor, near_mask: Tensor, far: Tensor | None, far_mask: Tensor | None, sink: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Window rows and compressed rows under one softmax with a sink; `reference.joint_attention` is the specification."""
+    """Window rows and compressed rows under one softmax with a sink; `reference.joint_attention` is the
+    specification."""
     backend = _cpu_attention if _cpu_attention.usable(q) else reference
     return backend.joint_attention(q, near, near_mask, far, far_mask, sink, scale)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
 from dsv4.kernels import joint_attention, rms_norm, rotate, top_mask
-from dsv4.model.compressor import Compressor, Norm
+from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer, index_loss
+from dsv4.model.layers import Linear, Norm
 from dsv4.model.plan import Plan
 from dsv4.model.state import LayerState
 
@@ -40,14 +41,14 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, d, rank, eps = config.num_attention_heads, config.head_dim, config.q_lora_rank, config.rms_norm_eps
-        self.wq_a = nn.Linear(config.hidden_size, rank, bias=False)
+        self.wq_a = Linear(config.hidden_size, rank)
         self.q_norm = Norm(rank, eps)
-        self.wq_b = nn.Linear(rank, heads * d, bias=False)
-        self.wkv = nn.Linear(config.hidden_size, d, bias=False)
+        self.wq_b = Linear(rank, heads * d)
+        self.wkv = Linear(config.hidden_size, d)
         self.kv_norm = Norm(d, eps)
         self.attn_sink = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
-        self.wo_a = nn.Linear(heads // config.o_groups * d, config.o_groups * config.o_lora_rank, bias=False)
-        self.wo_b = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
+        self.wo_a = Linear(heads // config.o_groups * d, config.o_groups * config.o_lora_rank)
+        self.wo_b = Linear(config.o_groups * config.o_lora_rank, config.hidden_size)
         if layer.compress_ratio:
             self.compressor = Compressor(config, layer, d)
         if layer.indexer:
@@ -71,19 +72,27 @@ class Attention(nn.Module):
         return self.wo_b(low.transpose(0, 1).reshape(*o.shape[:2], -1))
 
     def _attend(
-        self, q: Tensor, kv: Tensor, h: Tensor, latent: Tensor, plan: Plan, memory: LayerState | None, trace: Trace | None
+        self,
+        q: Tensor,
+        kv: Tensor,
+        h: Tensor,
+        latent: Tensor,
+        plan: Plan,
+        memory: LayerState | None,
+        trace: Trace | None,
     ) -> Tensor:
-        """The core, in pieces of queries so that scratch memory does not grow with T (one piece when gradients flow)."""
+        """The core, in pieces of queries so that scratch memory does not grow with T (one piece when gradients
+        flow)."""
         layer, tokens = self.layer, q.shape[1]
         entries = index = None
         if layer.compress_ratio:
-            entries = self.compressor(h, plan, memory and memory.kv)
+            entries = self.compressor(h, plan, memory.kv if memory else None)
         learn = trace is not None and trace.indexer != "off" and (torch.is_grad_enabled() or trace.indexer == "warmup")
         if layer.indexer and (trace is None or trace.indexer != "off"):
             with torch.set_grad_enabled(learn):
                 # Detached inputs: the indexer learns from its own loss alone, the model from the language loss alone.
                 h, latent = h.detach(), latent.detach()
-                keys = self.indexer.keys(h, plan, memory and memory.index)
+                keys = self.indexer.keys(h, plan, memory.index if memory else None)
                 index = (keys, *self.indexer.queries(h, latent, plan.angles[layer.rope]))
         ring = memory is not None and tokens == 1 and plan.valid is None  # decoding: read the ring where it lies
         window = self._window(kv, plan, memory, ring)
@@ -105,10 +114,15 @@ class Attention(nn.Module):
             else:
                 blocks = window[:, start : stop + layer.window].unfold(1, layer.window + block, block)
                 near = blocks.mT.reshape(-1, layer.window + block, kv.shape[-1])
-                i, j = torch.arange(stop - start, device=q.device) % block, torch.arange(layer.window + block, device=q.device)
+                i, j = (
+                    torch.arange(stop - start, device=q.device) % block,
+                    torch.arange(layer.window + block, device=q.device),
+                )
                 back = i[:, None] + layer.window - j
                 near_mask = (back >= 0) & (back <= reach)
-            out, p_far = joint_attention(q[:, start:stop], near, near_mask, far, far_mask, self.attn_sink, q.shape[-1] ** -0.5)
+            out, p_far = joint_attention(
+                q[:, start:stop], near, near_mask, far, far_mask, self.attn_sink, q.shape[-1] ** -0.5
+            )
             outputs.append(out)
             if learn and scores is not None and p_far is not None and far_mask is not None:
                 with torch.enable_grad():
@@ -130,7 +144,8 @@ class Attention(nn.Module):
 
     def _select(self, far: Tensor, visible: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Top-k (eq. 17). Up to twice K entries a mask is cheaper than moving rows; beyond that each query's K rows are
-        gathered, so the cost follows the window and K, not the context. Returns keys, mask and scores alike in shape."""
+        gathered, so the cost follows the window and K, not the context. Returns keys, mask and scores alike in
+        shape."""
         batch, count, k = *far.shape[:2], self.config.index_topk
         top = top_mask(scores.detach().masked_fill(~visible, -torch.inf), k)
         if count <= 2 * k:
@@ -148,7 +163,9 @@ class Attention(nn.Module):
         chunk = max(whole, 1)
         if not torch.is_grad_enabled():
             seen = 0 if entries is None else entries.shape[1]
-            per_query = config.num_attention_heads * (2 * window + min(seen, 2 * config.index_topk if self.layer.indexer else seen))
+            per_query = config.num_attention_heads * (
+                2 * window + min(seen, 2 * config.index_topk if self.layer.indexer else seen)
+            )
             if self.layer.indexer:  # scores over all entries, and K rows gathered per query
                 per_query += config.index_n_heads * seen + min(seen, config.index_topk) * config.head_dim
             chunk = max(_SCRATCH_FLOATS // per_query // block, 1) * block

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dsv4.config import Config, Layer
 from dsv4.model.attention import Attention, Trace
-from dsv4.model.compressor import Norm
 from dsv4.model.hyper_connections import Site
+from dsv4.model.layers import Norm
 from dsv4.model.moe import MoE
 from dsv4.model.plan import Plan
 from dsv4.model.state import LayerState
@@ -27,6 +27,8 @@ class Block(Site):
         self.add_site("attn", maps, 3)
         self.add_site("ffn", maps, 3)
 
-    def forward(self, streams: Tensor, ids: Tensor, plan: Plan, memory: LayerState | None, trace: Trace | None) -> Tensor:
+    def forward(
+        self, streams: Tensor, ids: Tensor, plan: Plan, memory: LayerState | None, trace: Trace | None
+    ) -> Tensor:
         streams = self.through("attn", self.attn, self.attn_norm, streams, plan, memory, trace)
         return self.through("ffn", self.ffn, self.ffn_norm, streams, ids, trace)

@@ -7,33 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import rms_norm, rotate
+from dsv4.kernels import rotate
+from dsv4.model.layers import Linear, Norm
 from dsv4.model.plan import Plan
 from dsv4.model.state import Compression
 
 
-class Norm(nn.Module):
-    """An RMS norm's weight, float32 [dim], under the checkpoint's name ``*.weight``."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 class Compressor(nn.Module):
-    """Entries of width ``dim``. With overlap (CSA) each projection has two halves and an entry pools 2 m slots: the first
+    """Entries of width ``dim``. With overlap (CSA) each projection has two halves and an entry pools 2 m slots: the
+    first
     half of the previous window's tokens and the second half of the current window's."""
 
     def __init__(self, config: Config, layer: Layer, dim: int) -> None:
         super().__init__()
         self.ratio, self.overlap, self.dim = layer.compress_ratio, layer.overlap, dim
         width = 2 * dim if layer.overlap else dim
-        self.wkv = nn.Linear(config.hidden_size, width, bias=False)
-        self.wgate = nn.Linear(config.hidden_size, width, bias=False)
+        self.wkv = Linear(config.hidden_size, width)
+        self.wgate = Linear(config.hidden_size, width)
         self.ape = nn.Parameter(torch.zeros(self.ratio, width, dtype=torch.float32))
         self.norm = Norm(dim, config.rms_norm_eps)
 
@@ -58,14 +48,17 @@ class Compressor(nn.Module):
         return memory.history.append(self._entries(rows, last, h.dtype, plan), entries)
 
     def _entries(self, rows: Tensor, last: Tensor, dtype: torch.dtype, plan: Plan) -> Tensor:
-        """rows float32 [B, S, :] projected tokens; last int64 [B, n] where each entry's last token stands in them -> [B, n, dim]."""
+        """rows float32 [B, S, :] projected tokens; last int64 [B, n] where each entry's last token stands in them ->
+        [B, n, dim]."""
         m, dim, entries = self.ratio, self.dim, plan.entries[self.ratio]
         row = torch.arange(last.shape[0], device=last.device)[:, None, None] * rows.shape[1]
         window = last[..., None] - torch.arange(m - 1, -1, -1, device=last.device)
 
         def take(index: Tensor, part: Tensor) -> Tensor:
             # As an embedding: its backward adds whole rows, an advanced index's goes element by element.
-            return F.embedding(row + index.clamp(min=0), part.flatten(0, 1))  # rows with fewer entries are padded: token 0
+            return F.embedding(
+                row + index.clamp(min=0), part.flatten(0, 1)
+            )  # rows with fewer entries are padded: token 0
 
         kv, gate = take(window, rows[..., -2 * dim :]).split(dim, -1)  # [B, n, m, dim]
         if self.overlap:

@@ -11,7 +11,8 @@ from dsv4.kernels import collapse, hc_enter, hc_leave, stream_logits
 
 
 class Site(nn.Module):
-    """A module with hyper-connection sites: parameters ``hc_<site>_{fn,base,scale}``, float32, the checkpoint's names."""
+    """A module with hyper-connection sites: parameters ``hc_<site>_{fn,base,scale}``, float32, the checkpoint's
+    names."""
 
     config: Config
 
@@ -28,7 +29,9 @@ class Site(nn.Module):
     def through(self, name: str, sublayer: nn.Module, norm: nn.Module, streams: Tensor, *inputs: object) -> Tensor:
         """One sub-layer inside its site: streams [..., n, D] -> [..., n, D]."""
         config = self.config
-        x, post, comb = hc_enter(streams, *self.site(name), config.hc_sinkhorn_iters, config.rms_norm_eps, config.hc_eps)
+        x, post, comb = hc_enter(
+            streams, *self.site(name), config.hc_sinkhorn_iters, config.rms_norm_eps, config.hc_eps
+        )
         return hc_leave(streams, sublayer(norm(x), *inputs), post, comb)
 
     def exit(self, streams: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dsv4.config import Config, Layer
 from dsv4.kernels import rotate
 from dsv4.model.compressor import Compressor
+from dsv4.model.layers import Linear
 from dsv4.model.plan import Plan
 from dsv4.model.state import Compression
 
@@ -19,8 +20,8 @@ class Indexer(nn.Module):
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__()
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
-        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.dim, bias=False)
-        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
+        self.weights_proj = Linear(config.hidden_size, self.heads)
         self.compressor = Compressor(config, layer, self.dim)
 
     def keys(self, h: Tensor, plan: Plan, memory: Compression | None) -> Tensor:
@@ -28,7 +29,8 @@ class Indexer(nn.Module):
         return self.compressor(h, plan, memory)
 
     def queries(self, h: Tensor, latent: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """h [B, T, D], latent [B, T, q_lora_rank] (the attention's own) -> queries [B, T, heads, dim], weights float32 [B, T, heads]."""
+        """h [B, T, D], latent [B, T, q_lora_rank] (the attention's own) -> queries [B, T, heads, dim], weights
+        float32 [B, T, heads]."""
         q = self.wq_b(latent).unflatten(-1, (self.heads, self.dim))
         weights = self.weights_proj(h).float() * (self.dim**-0.5 * self.heads**-0.5)  # raw: may be negative
         return rotate(q, angles.unsqueeze(-2)), weights

@@ -1,4 +1,5 @@
-"""Mixture of experts (report 2.1): sqrt-softplus affinities, selection bias, hash-routed first layers, one shared expert.
+"""Mixture of experts (report 2.1): sqrt-softplus affinities, selection bias, hash-routed first layers, one shared
+expert.
 
 N tokens, E routed experts, K = num_experts_per_tok, I = moe_intermediate_size.
 """
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from dsv4.config import Config, Layer
 from dsv4.kernels import grouped_experts, swiglu
 from dsv4.model.attention import Trace
+from dsv4.model.layers import Linear
 
 
 class Gate(nn.Module):
-    """The router. Learned layers select by score + ``bias`` (balancing only: it never enters a weight); hash layers read
+    """The router. Learned layers select by score + ``bias`` (balancing only: it never enters a weight); hash layers
+    read
     their experts from ``tid2eid`` by token id. Weights come from the scores in both."""
 
     def __init__(self, config: Config, layer: Layer) -> None:
@@ -25,7 +28,9 @@ class Gate(nn.Module):
         self.bias: Tensor
         self.tid2eid: Tensor
         if layer.router == "hash":
-            self.register_buffer("tid2eid", torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64))
+            self.register_buffer(
+                "tid2eid", torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64)
+            )
         else:
             self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
@@ -35,7 +40,11 @@ class Gate(nn.Module):
         if self.layer.router == "hash":
             experts = self.tid2eid[ids]
         else:  # a stable sort breaks ties towards the lowest index
-            experts = (scores + self.bias).sort(dim=-1, descending=True, stable=True).indices[:, : self.config.num_experts_per_tok]
+            experts = (
+                (scores + self.bias)
+                .sort(dim=-1, descending=True, stable=True)
+                .indices[:, : self.config.num_experts_per_tok]
+            )
         weights = scores.gather(1, experts)
         return experts, weights / weights.sum(-1, keepdim=True) * self.config.routed_scaling_factor, scores
 
@@ -46,9 +55,9 @@ class Expert(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.limit = config.swiglu_limit
-        self.w1 = nn.Linear(config.hidden_size, config.moe_intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.moe_intermediate_size, config.hidden_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, config.moe_intermediate_size, bias=False)
+        self.w1 = Linear(config.hidden_size, config.moe_intermediate_size)
+        self.w2 = Linear(config.moe_intermediate_size, config.hidden_size)
+        self.w3 = Linear(config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(swiglu(self.w1(x).float(), self.w3(x).float(), self.limit).to(x.dtype))
@@ -85,7 +94,13 @@ class MoE(nn.Module):
         token = order // experts.shape[1]
         rows = F.embedding(token, x) if torch.is_grad_enabled() else x[token]  # as an embedding: a faster backward
         out = grouped_experts(
-            rows, weights.flatten()[order], self.experts.w1, self.experts.w2, self.experts.w3, counts.tolist(), self.config.swiglu_limit
+            rows,
+            weights.flatten()[order],
+            self.experts.w1,
+            self.experts.w2,
+            self.experts.w3,
+            counts.tolist(),
+            self.config.swiglu_limit,
         )
         # Back to token order, then a sum over each token's K rows: fixed order, no atomics.
         routed = F.embedding(order.argsort(), out) if torch.is_grad_enabled() else out[order.argsort()]

@@ -47,10 +47,16 @@ class Plan:
 
     @staticmethod
     def build(
-        config: Config, shape: tuple[int, int], frequencies: dict[str, Tensor], before: Tensor, lengths: Tensor | None, documents: Tensor | None
+        config: Config,
+        shape: tuple[int, int],
+        frequencies: dict[str, Tensor],
+        before: Tensor,
+        lengths: Tensor | None,
+        documents: Tensor | None,
     ) -> Plan:
-        """``before`` int64 [B]: state length; ``lengths`` int64 [B]: real tokens per row; ``documents`` int64 [B, T]."""
-        rows, tokens = shape
+        """``before`` int64 [B]: state length; ``lengths`` int64 [B]: real tokens per row; ``documents`` int64 [B,
+        T]."""
+        tokens = shape[1]
         device = before.device
         index = torch.arange(tokens, device=device)
         valid = None
@@ -78,7 +84,9 @@ def _turn(position: Tensor, frequency: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def _entries(ratio: int, position: Tensor, valid: Tensor | None, before: Tensor, packed: bool, frequency: Tensor) -> Entries:
+def _entries(
+    ratio: int, position: Tensor, valid: Tensor | None, before: Tensor, packed: bool, frequency: Tensor
+) -> Entries:
     """Visibility is exact: an entry is seen from the very token that completes it, e < (t + 1) // ratio."""
     done = (position + 1) % ratio == 0
     if valid is not None:

@@ -11,7 +11,8 @@ from dsv4.config import Config
 
 
 def frequencies(config: Config) -> dict[str, Tensor]:
-    """float32 [qk_rope_head_dim / 2] each: "main" (window layers, MTP) and "compress" (every part of a CSA or HCA layer)."""
+    """float32 [qk_rope_head_dim / 2] each: "main" (window layers, MTP) and "compress" (every part of a CSA or HCA
+    layer)."""
     r = config.qk_rope_head_dim
     exponent = torch.arange(0, r, 2, dtype=torch.float32) / r
     main = 1.0 / config.rope_theta**exponent

@@ -65,7 +65,8 @@ class History:
 
 @dataclass
 class Compression:
-    """What one compressor remembers: finished entries, and the inputs of unfinished ones (values and gates, ape added)."""
+    """What one compressor remembers: finished entries, and the inputs of unfinished ones (values and gates, ape
+    added)."""
 
     history: History
     tail: Ring

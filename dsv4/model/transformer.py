@@ -1,4 +1,5 @@
-"""The whole network, in the order of the data: embedding, streams, blocks, collapse, head (report 2; model card B.1)."""
+"""The whole network, in the order of the data: embedding, streams, blocks, collapse, head (report 2; model card
+B.1)."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from dsv4.config import Config
 from dsv4.model.attention import Trace
 from dsv4.model.block import Block
-from dsv4.model.compressor import Norm
 from dsv4.model.dtypes import dtype_of
 from dsv4.model.hyper_connections import Site
+from dsv4.model.layers import Embedding, Linear, Norm
 from dsv4.model.mtp import MTP, shifted
 from dsv4.model.plan import Plan
 from dsv4.model.rope import frequencies
@@ -23,8 +24,10 @@ from dsv4.model.state import State
 
 @dataclass
 class TrainOutput:
-    """What a training step needs. hidden and mtp_hidden [B, T, D] go through `Transformer.logits`; slot t predicts token
-    t + 1, and t + 2 for MTP. load: int64 [E] per learned router. The losses are unweighted means over layers' queries or rows,
+    """What a training step needs. hidden and mtp_hidden [B, T, D] go through `Transformer.logits`; slot t predicts
+    token
+    t + 1, and t + 2 for MTP. load: int64 [E] per learned router. The losses are unweighted means over layers'
+    queries or rows,
     summed over layers."""
 
     hidden: Tensor
@@ -37,15 +40,17 @@ class TrainOutput:
 class Transformer(Site):
     """DeepSeek-V4. Parameter names are the checkpoint's, routed experts stacked."""
 
-    def __init__(self, config: Config, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: Config, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.config = config
         with torch.device(device or "cpu"):
-            self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.embed = Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
             self.mtp = nn.ModuleList(MTP(config, layer) for layer in config.mtp_layers)
             self.norm = Norm(config.hidden_size, config.rms_norm_eps)
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head = Linear(config.hidden_size, config.vocab_size)
             self.add_site("head", config.hc_mult, 1)
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(dtype_of(name, dtype))
@@ -62,7 +67,8 @@ class Transformer(Site):
     def forward(self, ids: Tensor, state: State | None = None, lengths: Tensor | list[int] | None = None) -> Tensor:
         """ids int64 [B, T] -> logits float32 [B, T, vocab_size].
 
-        With a ``state`` the tokens are appended to it; any chunking gives the same logits. ``lengths`` int64 [B]: row b has
+        With a ``state`` the tokens are appended to it; any chunking gives the same logits. ``lengths`` int64 [B]:
+        row b has
         that many real tokens, the rest is padding on the right (its logits mean nothing and it leaves no trace).
         """
         streams, _ = self._trunk(ids, state, lengths, None, None)
@@ -83,7 +89,8 @@ class Transformer(Site):
         return State.empty(self.config, self.config.layers, batch, self.dtype, self.device)
 
     def train_forward(self, ids: Tensor, documents: Tensor, indexer: str = "sparse", mtp: bool = True) -> TrainOutput:
-        """Packed samples. ids, documents int64 [B, T]: equal neighbours in ``documents`` are one sample, and samples never see
+        """Packed samples. ids, documents int64 [B, T]: equal neighbours in ``documents`` are one sample, and samples
+        never see
         each other. ``indexer``: "off" (dense), "warmup" (dense; only the indexer gets gradients) or "sparse"."""
         if indexer not in ("off", "warmup", "sparse"):
             raise ValueError(f"indexer must be off, warmup or sparse, got {indexer!r}")
@@ -92,8 +99,9 @@ class Transformer(Site):
             streams, plan = self._trunk(ids, None, None, documents, trace)
             hidden, guess = self._final(streams), None
             if mtp and self.mtp:
-                following = shifted(ids)
-                guess, _ = self.mtp[0].predict(streams, self.embed(following), following, plan, None, trace)  # type: ignore[operator]
+                following, block = shifted(ids), self.mtp[0]
+                assert isinstance(block, MTP)
+                guess, _ = block.predict(streams, self.embed(following), following, plan, None, trace)
         zero = torch.zeros((), device=ids.device)
         balance = torch.stack(trace.balance_losses).sum() if trace.balance_losses else zero
         index = torch.stack(trace.index_losses).sum() if trace.index_losses else zero
@@ -101,15 +109,17 @@ class Transformer(Site):
 
     @torch.no_grad()
     def update_bias(self, loads: list[Tensor], gamma: float) -> None:
-        """Aux-loss-free balancing (report 2.1, V3): b_i += gamma sign(mean load - load_i), one load per learned router."""
-        gates = [block.ffn.gate for block in (*self.layers, *self.mtp) if block.layer.router == "learned"]  # type: ignore[union-attr]
+        """Aux-loss-free balancing (report 2.1, V3): b_i += gamma sign(mean load - load_i), one load per learned
+        router."""
+        gates = [block.ffn.gate for block in (*self.layers, *self.mtp) if block.layer.router == "learned"]
         for gate, load in zip(gates, loads):  # loads of a step without MTP are shorter by its one
             load = load.float()
-            gate.bias += gamma * torch.sign(load.mean() - load)  # type: ignore[union-attr, operator]
+            gate.bias += gamma * torch.sign(load.mean() - load)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Transformer:
-        """Normal(0, initializer_range) matrices; norms 1; mHC gates 0.01 and static maps that start at the plain residual
+        """Normal(0, initializer_range) matrices; norms 1; mHC gates 0.01 and static maps that start at the plain
+        residual
         (pre = 1/n, post = 1, comb close to the identity); hash tables spread every id over K distinct experts."""
         config, generator = self.config, torch.Generator().manual_seed(seed)
         n = config.hc_mult
@@ -123,16 +133,23 @@ class Transformer(Site):
                 if len(p) > n:
                     p[2 * n :] = 4 * torch.eye(n).flatten()
             elif p.dim() > 1 and leaf != "ape":
-                p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, config.initializer_range, generator=generator))
+                p.copy_(
+                    torch.empty(p.shape, dtype=torch.float32).normal_(0, config.initializer_range, generator=generator)
+                )
         for block in (*self.layers, *self.mtp):
-            gate = block.ffn.gate  # type: ignore[union-attr]
-            if block.layer.router == "hash":  # type: ignore[union-attr]
+            gate = block.ffn.gate
+            if block.layer.router == "hash":
                 order = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator).argsort(1)
-                gate.tid2eid.copy_(order[:, : config.num_experts_per_tok])  # type: ignore[union-attr, operator]
+                gate.tid2eid.copy_(order[:, : config.num_experts_per_tok])
         return self
 
     def _trunk(
-        self, ids: Tensor, state: State | None, lengths: Tensor | list[int] | None, documents: Tensor | None, trace: Trace | None
+        self,
+        ids: Tensor,
+        state: State | None,
+        lengths: Tensor | list[int] | None,
+        documents: Tensor | None,
+        trace: Trace | None,
     ) -> tuple[Tensor, Plan]:
         if ids.dim() != 2 or not ids.shape[1]:
             raise ValueError(f"ids must be [batch, tokens] with at least one token, got {tuple(ids.shape)}")

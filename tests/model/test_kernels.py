@@ -87,7 +87,10 @@ def test_bfloat16_rounds_once() -> None:
     low = hyper_connections.hc_enter(streams, *site, 20, 1e-6, 1e-6)
     high = reference.hc_enter(streams.float(), *site, 20, 1e-6, 1e-6)
     assert ((low[0].float() - high[0]).abs() <= high[0].abs() * 2**-8 + 1e-6).all()
-    mixed = hyper_connections.hc_leave(streams, y, *low[1:]).float(), reference.hc_leave(streams.float(), y.float(), *high[1:])
+    mixed = (
+        hyper_connections.hc_leave(streams, y, *low[1:]).float(),
+        reference.hc_leave(streams.float(), y.float(), *high[1:]),
+    )
     assert ((mixed[0] - mixed[1]).abs() <= mixed[1].abs() * 2**-8 + 1e-5).all()
     x, w = normal(9, 64).detach().bfloat16(), normal(64, seed=1).detach()
     exact = reference.rms_norm(x.float(), w, 1e-6)
@@ -110,13 +113,17 @@ def test_reference_gradients_in_float64() -> None:
 
     def plain(x: Tensor, w: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
         owner = [0, 0, 0, 0, 2, 2, 2]
-        return torch.stack([w[i] * (w2[e] @ reference.swiglu(w1[e] @ x[i], w3[e] @ x[i], 0.4)) for i, e in enumerate(owner)])
+        return torch.stack(
+            [w[i] * (w2[e] @ reference.swiglu(w1[e] @ x[i], w3[e] @ x[i], 0.4)) for i, e in enumerate(owner)]
+        )
 
     ours = reference.grouped_experts(*(t.float() for t in (tokens, weight, *experts)), [4, 0, 3], 0.4)
     wanted = plain(tokens, weight, *experts)
     assert torch.allclose(ours.double(), wanted, atol=1e-5)
     leaves = [tokens, weight, *experts]
-    for a, b in zip(torch.autograd.grad(ours.double().square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)):
+    for a, b in zip(
+        torch.autograd.grad(ours.double().square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)
+    ):
         assert torch.allclose(a, b, atol=1e-4)
 
 
@@ -126,7 +133,10 @@ def test_sinkhorn_is_nearly_doubly_stochastic() -> None:
     assert (c.sum(1) - 1).abs().max() < 0.2 and (c >= 0).all()
 
 
-@given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.0, 0.5, 2.0, float("-inf")]), min_size=6, max_size=6), min_size=1), st.integers(1, 7))
+@given(
+    st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.0, 0.5, 2.0, float("-inf")]), min_size=6, max_size=6), min_size=1),
+    st.integers(1, 7),
+)
 def test_top_mask_breaks_ties_towards_the_lowest_index(rows: list[list[float]], k: int) -> None:
     mask = kernels.top_mask(torch.tensor(rows), k)
     for row, chosen in zip(rows, mask.tolist()):
@@ -134,7 +144,9 @@ def test_top_mask_breaks_ties_towards_the_lowest_index(rows: list[list[float]], 
         assert [i for i in range(6) if chosen[i]] == sorted(wanted)
 
 
-def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_compiler_the_reference_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     library.library.cache_clear()
     try:

@@ -80,7 +80,9 @@ def test_the_teacher_is_the_joint_softmax(model: Transformer, monkeypatch: pytes
     assert count == 1 and torch.allclose(total, wanted, atol=1e-6)
 
 
-def test_sparse_indexer_loss_is_restricted_to_the_selection(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_indexer_loss_is_restricted_to_the_selection(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     masks: list[Tensor] = []
     real = attention.index_loss
     monkeypatch.setattr(attention, "index_loss", lambda s, t, m: (masks.append(m), real(s, t, m))[1])

@@ -17,9 +17,16 @@ from tests.parity.peer import randomise
 TOLERANCE = 2e-5
 SMALL = tiny()
 REAL = tiny(
-    hidden_size=32, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, sliding_window=128, index_topk=32,
-    moe_intermediate_size=16, n_routed_experts=4, max_position_embeddings=65536,
-)  # fmt: skip
+    hidden_size=32,
+    num_hidden_layers=3,
+    compress_ratios=(0, 4, 128, 0),
+    num_hash_layers=1,
+    sliding_window=128,
+    index_topk=32,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    max_position_embeddings=65536,
+)
 
 
 def make(config: Config, seed: int = 5) -> Transformer:
@@ -48,7 +55,8 @@ def test_any_chunking(sizes: list[int], seed: int) -> None:
 
 @torch.no_grad()
 def test_saved_and_restored_at_every_position() -> None:
-    """Published window and ratios; a state is written out and read back at every position of 0..3x128+5 and decoding goes on."""
+    """Published window and ratios; a state is written out and read back at every position of 0..3x128+5 and decoding
+    goes on."""
     model, end = make(REAL), 3 * 128 + 5
     ids = tokens(1, end + 8)
     whole, state = model(ids), model.new_state()

@@ -10,12 +10,27 @@ from dsv4.config import Config, RopeScaling
 def tiny(**changes: Any) -> Config:
     """Model card F.1: enough index heads that no two scores tie at zero, clamps that bite, a short YaRN range."""
     base: dict[str, Any] = {
-        "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "head_dim": 32, "qk_rope_head_dim": 8,
-        "q_lora_rank": 48, "o_lora_rank": 24, "o_groups": 2, "compress_ratios": (0, 4, 8, 4, 8, 0), "n_routed_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hash_layers": 2, "index_n_heads": 16, "index_head_dim": 16,
-        "index_topk": 4, "sliding_window": 16, "max_position_embeddings": 1024,
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 48,
+        "o_lora_rank": 24,
+        "o_groups": 2,
+        "compress_ratios": (0, 4, 8, 4, 8, 0),
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_hash_layers": 2,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "index_topk": 4,
+        "sliding_window": 16,
+        "max_position_embeddings": 1024,
         "rope_scaling": RopeScaling(original_max_position_embeddings=64),
-    }  # fmt: skip
+    }
     return Config(**(base | changes))
 
 
@@ -31,7 +46,11 @@ CASES: dict[str, tuple[Config, int, int]] = {
     "csa-only": (tiny(num_hidden_layers=2, compress_ratios=(4, 4, 0), index_topk=8), 1, 200),
     "hca-only": (tiny(num_hidden_layers=3, compress_ratios=(16, 16, 16, 0)), 2, 133),
     "no-yarn": (tiny(rope_scaling=None), 1, 100),
-    "wide": (tiny(hidden_size=96, num_attention_heads=8, o_groups=4, num_experts_per_tok=3, routed_scaling_factor=2.5), 1, 120),
+    "wide": (
+        tiny(hidden_size=96, num_attention_heads=8, o_groups=4, num_experts_per_tok=3, routed_scaling_factor=2.5),
+        1,
+        120,
+    ),
     "gathered": (tiny(index_topk=2, compress_ratios=(4, 4, 4, 8, 4, 0)), 1, 300),
     "flash-pattern": (tiny(**FLASH_PATTERN, **REAL), 1, 720),
     "pro-pattern": (tiny(**PRO_PATTERN, **REAL), 1, 720),

@@ -10,7 +10,8 @@ from dsv4.model import Transformer
 
 
 def randomise(model: Transformer, seed: int) -> Transformer:
-    """Every tensor random and of a size that matters: default initialisation hides most mistakes (zero sinks, zero biases)."""
+    """Every tensor random and of a size that matters: default initialisation hides most mistakes (zero sinks, zero
+    biases)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(like: Tensor, std: float, mean: float = 0.0) -> Tensor:
@@ -23,9 +24,7 @@ def randomise(model: Transformer, seed: int) -> Transformer:
                 p.copy_(normal(p, 0.2, 1.0))
             elif leaf[-1].endswith("_scale"):
                 p.copy_(normal(p, 0.3, 1.0))
-            elif leaf[-1].endswith(("_base", "attn_sink", "ape")):
-                p.copy_(normal(p, 1.0))
-            elif name == "embed.weight":
+            elif leaf[-1].endswith(("_base", "attn_sink", "ape")) or name == "embed.weight":
                 p.copy_(normal(p, 1.0))
             else:
                 p.copy_(normal(p, 1.5 * p.shape[-1] ** -0.5))
@@ -40,20 +39,38 @@ def randomise(model: Transformer, seed: int) -> Transformer:
 
 # Ours -> transformers' in-memory names (model card C.3), applied in order.
 _RENAMES = (
-    ("hc_head_", "hc_head.hc_"), ("hc_attn_", "attn_hc."), ("hc_ffn_", "ffn_hc."),
-    (".attn.attn_sink", ".attn.sinks"), ("attn_norm.", "input_layernorm."), ("ffn_norm.", "post_attention_layernorm."),
-    (".attn.indexer.compressor.", ".attn.compressor.indexer."), (".attn.indexer.wq_b", ".attn.compressor.indexer.q_b_proj"),
+    ("hc_head_", "hc_head.hc_"),
+    ("hc_attn_", "attn_hc."),
+    ("hc_ffn_", "ffn_hc."),
+    (".attn.attn_sink", ".attn.sinks"),
+    ("attn_norm.", "input_layernorm."),
+    ("ffn_norm.", "post_attention_layernorm."),
+    (".attn.indexer.compressor.", ".attn.compressor.indexer."),
+    (".attn.indexer.wq_b", ".attn.compressor.indexer.q_b_proj"),
     (".attn.indexer.weights_proj", ".attn.compressor.indexer.scorer.weights_proj"),
-    ("indexer.wkv", "indexer.kv_proj"), ("indexer.wgate", "indexer.gate_proj"), ("indexer.ape", "indexer.position_bias"),
+    ("indexer.wkv", "indexer.kv_proj"),
+    ("indexer.wgate", "indexer.gate_proj"),
+    ("indexer.ape", "indexer.position_bias"),
     ("indexer.norm", "indexer.kv_norm"),
-    ("compressor.wkv", "compressor.kv_proj"), ("compressor.wgate", "compressor.gate_proj"),
-    ("compressor.ape", "compressor.position_bias"), ("compressor.norm", "compressor.kv_norm"),
-    (".attn.wq_a", ".attn.q_a_proj"), (".attn.q_norm", ".attn.q_a_norm"), (".attn.wq_b", ".attn.q_b_proj"),
-    (".attn.wkv", ".attn.kv_proj"), (".attn.wo_a", ".attn.o_a_proj"), (".attn.wo_b", ".attn.o_b_proj"),
-    (".attn.", ".self_attn."), ("gate.bias", "gate.e_score_correction_bias"),
-    ("shared_experts.w1", "shared_experts.gate_proj"), ("shared_experts.w3", "shared_experts.up_proj"),
-    ("shared_experts.w2", "shared_experts.down_proj"), (".ffn.", ".mlp."), ("embed.", "embed_tokens."), ("head.weight", "lm_head.weight"),
-)  # fmt: skip
+    ("compressor.wkv", "compressor.kv_proj"),
+    ("compressor.wgate", "compressor.gate_proj"),
+    ("compressor.ape", "compressor.position_bias"),
+    ("compressor.norm", "compressor.kv_norm"),
+    (".attn.wq_a", ".attn.q_a_proj"),
+    (".attn.q_norm", ".attn.q_a_norm"),
+    (".attn.wq_b", ".attn.q_b_proj"),
+    (".attn.wkv", ".attn.kv_proj"),
+    (".attn.wo_a", ".attn.o_a_proj"),
+    (".attn.wo_b", ".attn.o_b_proj"),
+    (".attn.", ".self_attn."),
+    ("gate.bias", "gate.e_score_correction_bias"),
+    ("shared_experts.w1", "shared_experts.gate_proj"),
+    ("shared_experts.w3", "shared_experts.up_proj"),
+    ("shared_experts.w2", "shared_experts.down_proj"),
+    (".ffn.", ".mlp."),
+    ("embed.", "embed_tokens."),
+    ("head.weight", "lm_head.weight"),
+)
 
 
 def peer_name(name: str) -> str:

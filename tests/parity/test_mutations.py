@@ -93,7 +93,9 @@ def pre_is_a_softmax(p: Patch, _: Transformer) -> None:
 
 @mutant
 def comb_ends_on_rows(p: Patch, _: Transformer) -> None:
-    p.setattr(hc, "hc_enter", enter_with(comb=lambda m, i, e: reference.sinkhorn(m.transpose(0, 1), i, e).transpose(0, 1)))
+    p.setattr(
+        hc, "hc_enter", enter_with(comb=lambda m, i, e: reference.sinkhorn(m.transpose(0, 1), i, e).transpose(0, 1))
+    )
 
 
 @mutant
@@ -134,7 +136,11 @@ def site_norm_is_per_stream(p: Patch, _: Transformer) -> None:
 
 @mutant
 def head_has_no_base(p: Patch, model: Transformer) -> None:
-    p.setattr(Transformer, "exit", lambda self, s: collapse(s, torch.sigmoid(stream_logits(s, self.hc_head_fn, 1e-6) * self.hc_head_scale)))
+    p.setattr(
+        Transformer,
+        "exit",
+        lambda self, s: collapse(s, torch.sigmoid(stream_logits(s, self.hc_head_fn, 1e-6) * self.hc_head_scale)),
+    )
 
 
 # --- attention (2.3) ---
@@ -147,7 +153,9 @@ def no_query_norm(p: Patch, _: Transformer) -> None:
 
 @mutant
 def query_norm_after_rope_with_weight_of_latent(p: Patch, _: Transformer) -> None:
-    p.setattr(attention, "rms_norm", lambda x, w, eps: x * torch.rsqrt(x[..., :16].square().mean(-1, keepdim=True) + eps))
+    p.setattr(
+        attention, "rms_norm", lambda x, w, eps: x * torch.rsqrt(x[..., :16].square().mean(-1, keepdim=True) + eps)
+    )
 
 
 def half_split(x: Tensor, angles: Tensor) -> Tensor:
@@ -236,7 +244,9 @@ def scores_are_scaled_twice(p: Patch, _: Transformer) -> None:
 @mutant
 def values_are_not_the_keys(p: Patch, _: Transformer) -> None:
     """Values without the keys' rotation: the output is then rotated back from where it never went."""
-    p.setattr(attention, "rotate", lambda x, a: reference.rotate(x, a.conj()) if a.is_conj() else reference.rotate(x, a))
+    p.setattr(
+        attention, "rotate", lambda x, a: reference.rotate(x, a.conj()) if a.is_conj() else reference.rotate(x, a)
+    )
 
 
 def with_reach(change: Callable[[Tensor, plan.Plan], Tensor]) -> Callable[[Patch, Transformer], None]:
@@ -274,7 +284,11 @@ def compressed_layers_have_no_window(p: Patch, _: Transformer) -> None:
 @mutant
 def output_groups_interleave_heads(p: Patch, _: Transformer) -> None:
     real = attention.Attention._project
-    p.setattr(attention.Attention, "_project", lambda self, o: real(self, o.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)))
+    p.setattr(
+        attention.Attention,
+        "_project",
+        lambda self, o: real(self, o.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)),
+    )
 
 
 # --- compression and indexer (2.3.1, 2.3.2) ---
@@ -302,10 +316,14 @@ def _angles_at_last(e: plan.Entries, position: Tensor, ratio: int) -> None:
 MUTANTS["entries_rotate_at_their_last_token"] = with_entries(_angles_at_last)
 MUTANTS["entries_rotate_at_the_previous_window"] = with_entries(
     lambda e, position, ratio: setattr(
-        e, "angles", plan._turn((position.gather(1, e.last) - 2 * ratio + 1).clamp(min=0), frequencies(tiny())["compress"])
+        e,
+        "angles",
+        plan._turn((position.gather(1, e.last) - 2 * ratio + 1).clamp(min=0), frequencies(tiny())["compress"]),
     )
 )
-MUTANTS["entries_are_seen_one_token_late"] = with_entries(lambda e, position, ratio: setattr(e, "high", position // ratio))
+MUTANTS["entries_are_seen_one_token_late"] = with_entries(
+    lambda e, position, ratio: setattr(e, "high", position // ratio)
+)
 MUTANTS["entries_are_seen_while_unfinished"] = with_entries(
     lambda e, position, ratio: setattr(e, "high", ((position + ratio) // ratio).clamp(max=e.count))
 )
@@ -392,7 +410,9 @@ def _hash(change: Callable) -> Callable:
 
 MUTANTS["bias_enters_the_weights"] = gate_with(_bias_in_weights)
 MUTANTS["bias_does_not_select"] = gate_with(
-    lambda g, x, ids, e, w, s: (s.topk(2).indices, _normed(g, s.topk(2).values), s) if g.layer.router == "learned" else (e, w, s)
+    lambda g, x, ids, e, w, s: (
+        (s.topk(2).indices, _normed(g, s.topk(2).values), s) if g.layer.router == "learned" else (e, w, s)
+    )
 )
 MUTANTS["hash_layers_weigh_uniformly"] = gate_with(_hash(lambda e, w, s: (e, torch.full_like(w, 0.75), s)))
 MUTANTS["hash_layers_use_one_expert"] = gate_with(_hash(lambda e, w, s: (e[:, :1].expand_as(e), w, s)))
@@ -427,7 +447,9 @@ def clamp_after_silu(p: Patch, _: Transformer) -> None:
 
 @mutant
 def w1_and_w3_are_swapped(p: Patch, _: Transformer) -> None:
-    p.setattr(moe, "grouped_experts", lambda x, w, w1, w2, w3, c, limit: reference.grouped_experts(x, w, w3, w2, w1, c, limit))
+    p.setattr(
+        moe, "grouped_experts", lambda x, w, w1, w2, w3, c, limit: reference.grouped_experts(x, w, w3, w2, w1, c, limit)
+    )
 
 
 @mutant

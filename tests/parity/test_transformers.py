@@ -1,4 +1,5 @@
-"""Our network against transformers' independent one: logits, gradients, cache, and the MTP block built from its layer."""
+"""Our network against transformers' independent one: logits, gradients, cache, and the MTP block built from its
+layer."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def test_decoding_against_their_cache() -> None:
 
 @torch.no_grad()
 def test_bfloat16_is_close() -> None:
-    """bf16 against fp32 of the same weights: the mean error stays small (their own bf16 has a mean error of the same size)."""
+    """bf16 against fp32 of the same weights: the mean error stays small (their own bf16 has a mean error of the same
+    size)."""
     model, theirs, ids = setup(tiny(), 1, 100)
     low = Transformer(model.config, dtype=torch.bfloat16)
     low.load_state_dict(model.state_dict())
@@ -68,7 +70,8 @@ def test_bfloat16_is_close() -> None:
 
 @torch.no_grad()
 def test_mtp_is_a_whole_block_over_streams() -> None:
-    """transformers drops the MTP block; its decoder layer and stream head, given ours' weights, are the independent check."""
+    """transformers drops the MTP block; its decoder layer and stream head, given ours' weights, are the independent
+    check."""
     config = tiny()
     model, _, ids = setup(config, 2, 60)
     block = model.mtp[0]
@@ -76,7 +79,9 @@ def test_mtp_is_a_whole_block_over_streams() -> None:
     single = tiny(num_hidden_layers=1, num_hash_layers=0, compress_ratios=(0, 0))
     host = Transformer(single)
     weights = {prefix + n: t for n, t in block.state_dict().items() if (prefix + n) in host.state_dict()}
-    weights |= {n: t for n, t in block.state_dict().items() if n.startswith("hc_head")} | {"norm.weight": block.norm.weight}
+    weights |= {n: t for n, t in block.state_dict().items() if n.startswith("hc_head")} | {
+        "norm.weight": block.norm.weight
+    }
     missing, unexpected = host.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {n for n in host.state_dict() if n.startswith(("embed", "head", "mtp"))}
     theirs = peer(host).model

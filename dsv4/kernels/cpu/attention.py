@@ -29,18 +29,45 @@ def _apply(p: Tensor, keys: Tensor, shape: torch.Size) -> Tensor:
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, near: Tensor, near_mask: Tensor, far: Tensor | None, far_mask: Tensor | None, sink: Tensor, scale: float
+        ctx: Any,
+        q: Tensor,
+        near: Tensor,
+        near_mask: Tensor,
+        far: Tensor | None,
+        far_mask: Tensor | None,
+        sink: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         batch, tokens, heads, _ = q.shape
         p_near, p_far = _products(q, near), _products(q, far)
         p_sink = sink.new_empty(p_near.shape[0])
         near_mask = near_mask.contiguous()
         far_mask = near_mask if far_mask is None else far_mask.contiguous()
-        widths = (heads, near.shape[1], p_far.shape[1], near_mask.numel() // near_mask.shape[-1], far_mask.numel() // far_mask.shape[-1])
+        widths = (
+            heads,
+            near.shape[1],
+            p_far.shape[1],
+            near_mask.numel() // near_mask.shape[-1],
+            far_mask.numel() // far_mask.shape[-1],
+        )
 
         def work(part: int, begin: int, end: int) -> None:
             buffer = sink.new_empty(widths[1] + widths[2])
-            call("softmax_forward", q.dtype, p_near, p_far, near_mask, far_mask, sink, p_sink, buffer, begin, end, *widths, scale)
+            call(
+                "softmax_forward",
+                q.dtype,
+                p_near,
+                p_far,
+                near_mask,
+                far_mask,
+                sink,
+                p_sink,
+                buffer,
+                begin,
+                end,
+                *widths,
+                scale,
+            )
 
         parallel(p_near.shape[0], work)
         out = _apply(p_near, near, q.shape)
@@ -62,7 +89,20 @@ class _Joint(torch.autograd.Function):
 
         def work(part: int, begin: int, end: int) -> None:
             widths = (heads, p_near.shape[1], p_far.shape[1])
-            call("softmax_backward", q.dtype, p_near, p_far, d_near, d_far, p_sink, d_sink[part], begin, end, *widths, ctx.scale)
+            call(
+                "softmax_backward",
+                q.dtype,
+                p_near,
+                p_far,
+                d_near,
+                d_far,
+                p_sink,
+                d_sink[part],
+                begin,
+                end,
+                *widths,
+                ctx.scale,
+            )
 
         parallel(rows, work)
 

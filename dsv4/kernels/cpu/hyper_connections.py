@@ -29,8 +29,25 @@ class _Enter(torch.autograd.Function):
 
         def work(part: int, begin: int, end: int) -> None:
             call(
-                "enter_forward", streams.dtype, streams, fn, base, scale, x, pre, post, comb, u, r, begin, end, dim, iterations, rms_eps, eps
-            )  # fmt: skip
+                "enter_forward",
+                streams.dtype,
+                streams,
+                fn,
+                base,
+                scale,
+                x,
+                pre,
+                post,
+                comb,
+                u,
+                r,
+                begin,
+                end,
+                dim,
+                iterations,
+                rms_eps,
+                eps,
+            )
 
         parallel(rows, work)
         ctx.save_for_backward(streams, fn, base, scale, pre, post, u, r)
@@ -48,9 +65,29 @@ class _Enter(torch.autograd.Function):
 
         def work(part: int, begin: int, end: int) -> None:
             call(
-                "enter_backward", streams.dtype, dx, d_post, d_comb, streams, fn, base, scale, pre, post, u, r,
-                d_streams, d_fn[part], d_base[part], d_scale[part], begin, end, dim, ctx.iterations, ctx.eps,
-            )  # fmt: skip
+                "enter_backward",
+                streams.dtype,
+                dx,
+                d_post,
+                d_comb,
+                streams,
+                fn,
+                base,
+                scale,
+                pre,
+                post,
+                u,
+                r,
+                d_streams,
+                d_fn[part],
+                d_base[part],
+                d_scale[part],
+                begin,
+                end,
+                dim,
+                ctx.iterations,
+                ctx.eps,
+            )
 
         parallel(rows, work)
         return d_streams, d_fn.sum(0), d_base.sum(0), d_scale.sum(0), None, None, None
@@ -62,7 +99,10 @@ class _Leave(torch.autograd.Function):
         streams, y, post, comb = (t.contiguous() for t in (streams, y, post, comb))
         dim, out = streams.shape[-1], torch.empty_like(streams)
         rows = y.numel() // dim
-        parallel(rows, lambda _, begin, end: call("leave_forward", streams.dtype, streams, y, post, comb, out, begin, end, dim))
+        parallel(
+            rows,
+            lambda _, begin, end: call("leave_forward", streams.dtype, streams, y, post, comb, out, begin, end, dim),
+        )
         ctx.save_for_backward(streams, y, post, comb)
         return out
 
@@ -73,7 +113,22 @@ class _Leave(torch.autograd.Function):
         d_streams, dy, d_post, d_comb = (torch.empty_like(t) for t in (streams, y, post, comb))
 
         def work(part: int, begin: int, end: int) -> None:
-            call("leave_backward", streams.dtype, d_out, streams, y, post, comb, d_streams, dy, d_post, d_comb, begin, end, dim)
+            call(
+                "leave_backward",
+                streams.dtype,
+                d_out,
+                streams,
+                y,
+                post,
+                comb,
+                d_streams,
+                dy,
+                d_post,
+                d_comb,
+                begin,
+                end,
+                dim,
+            )
 
         parallel(y.numel() // dim, work)
         return d_streams, dy, d_post, d_comb

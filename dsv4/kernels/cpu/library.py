@@ -22,7 +22,8 @@ import torch
 
 _HERE = Path(__file__).parent
 # Sums may be reassociated into vector lanes; infinities and NaN keep their meaning.
-_FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math".split()
+_FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fno-math-errno -fno-trapping-math".split()
+_FLAGS += ["-fno-signed-zeros", "-fassociative-math"]
 
 
 @cache
@@ -31,7 +32,9 @@ def library() -> ctypes.CDLL | None:
     log = logging.getLogger("dsv4.kernels")
     if os.environ.get("DSV4_KERNELS", "cpu") == "reference":
         return None
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    compiler = (
+        shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    )
     if compiler is None:
         log.warning("no C++ compiler found: running the plain torch kernels (slower; install g++ to change that)")
         return None
@@ -44,13 +47,22 @@ def library() -> ctypes.CDLL | None:
     try:
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # built aside and renamed: two processes may build at once
+            with tempfile.TemporaryDirectory(
+                dir=folder
+            ) as scratch:  # built aside and renamed: two processes may build at once
                 built = Path(scratch) / "kernels.so"
-                subprocess.run([compiler, *_FLAGS, *(s for s in sources if s.endswith(".cpp")), "-o", str(built)], check=True, capture_output=True, text=True)
+                subprocess.run(
+                    [compiler, *_FLAGS, *(s for s in sources if s.endswith(".cpp")), "-o", str(built)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
                 built.rename(target)
         return ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
-        log.warning("the C++ kernels did not compile, running the plain torch ones: %s", error.stderr.strip().splitlines()[0])
+        log.warning(
+            "the C++ kernels did not compile, running the plain torch ones: %s", error.stderr.strip().splitlines()[0]
+        )
     except OSError as error:
         log.warning("the C++ kernels are not usable, running the plain torch ones: %s", error)
     return None
@@ -62,10 +74,12 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def parallel(rows: int, work: Callable[[int, int, int], None], grain: int = 256) -> None:
-    """Calls work(part, begin, end) over ranges of ``rows`` in as many threads as torch uses; ctypes frees the GIL meanwhile."""
+    """Calls work(part, begin, end) over ranges of ``rows`` in as many threads as torch uses; ctypes frees the GIL
+    meanwhile."""
     parts = parts_of(rows, grain)
     if parts == 1:
-        return work(0, 0, rows)
+        work(0, 0, rows)
+        return
     step = -(-rows // parts)
     ranges = [(part, part * step, min((part + 1) * step, rows)) for part in range(parts)]
     others = [_pool().submit(work, *r) for r in ranges[1:]]

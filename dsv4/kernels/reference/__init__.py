@@ -8,6 +8,15 @@ from dsv4.kernels.reference.select import top_mask
 from dsv4.kernels.reference.sinkhorn import sinkhorn
 
 __all__ = [
-    "collapse", "grouped_experts", "hc_enter", "hc_leave", "joint_attention", "rms_norm", "rotate", "sinkhorn",
-    "stream_logits", "swiglu", "top_mask",
-]  # fmt: skip
+    "collapse",
+    "grouped_experts",
+    "hc_enter",
+    "hc_leave",
+    "joint_attention",
+    "rms_norm",
+    "rotate",
+    "sinkhorn",
+    "stream_logits",
+    "swiglu",
+    "top_mask",
+]

@@ -13,7 +13,14 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, near: Tensor, near_mask: Tensor, far: Tensor | None, far_mask: Tensor | None, sink: Tensor, scale: float
+        ctx: Any,
+        q: Tensor,
+        near: Tensor,
+        near_mask: Tensor,
+        far: Tensor | None,
+        far_mask: Tensor | None,
+        sink: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         batch, tokens, heads, dim = q.shape
         shape = (batch, tokens, heads, -1)
@@ -48,7 +55,9 @@ class _Joint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, near, far, p_near, p_far, p_sink, out = ctx.saved_tensors
         d_out = grads[0].contiguous()
-        inner = (d_out.float() * out.float()).sum(-1, keepdim=True)  # = sum_j p_j dp_j, as in flash attention's backward
+        inner = (d_out.float() * out.float()).sum(
+            -1, keepdim=True
+        )  # = sum_j p_j dp_j, as in flash attention's backward
 
         def side(keys: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
             q_rows, d_rows = (x.reshape(keys.shape[0], -1, x.shape[-1]) for x in (q, d_out))

@@ -16,7 +16,9 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int], limit: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int], limit: float
+    ) -> Tensor:
         gate, up = x.new_empty(x.shape[0], w1.shape[1]), x.new_empty(x.shape[0], w1.shape[1])
         out = torch.empty_like(x)
         start = 0
@@ -62,7 +64,9 @@ class _Grouped(torch.autograd.Function):
         return dx, d_weight, dw1, dw2, dw3, None, None
 
 
-def grouped_experts(x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int], limit: float) -> Tensor:
+def grouped_experts(
+    x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int], limit: float
+) -> Tensor:
     """weight * W2(swiglu(W1 x, W3 x)) with each row's own expert.
 
     x [N, D], rows sorted by expert; weight float32 [N]; w1, w3 [E, I, D]; w2 [E, D, I]; counts: rows per expert

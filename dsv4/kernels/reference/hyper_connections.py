@@ -10,7 +10,8 @@ from dsv4.kernels.reference.sinkhorn import sinkhorn
 
 
 def stream_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """streams [..., n, D], fn float32 [m, n * D] -> float32 [..., m]: fn times the unweighted RMS norm of all n * D values."""
+    """streams [..., n, D], fn float32 [m, n * D] -> float32 [..., m]: fn times the unweighted RMS norm of all n * D
+    values."""
     v = streams.flatten(-2).float()
     return F.linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
 
@@ -23,7 +24,8 @@ def collapse(streams: Tensor, weight: Tensor) -> Tensor:
 def hc_enter(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eqs. 3-8. streams [..., n, D] -> the sub-layer's input [..., D] (mixed from un-normalised streams), and float32 maps
+    """Eqs. 3-8. streams [..., n, D] -> the sub-layer's input [..., D] (mixed from un-normalised streams), and
+    float32 maps
     post [..., n] and comb [..., n, n] for `hc_leave`.
 
     fn float32 [(2 + n) n, n D], base [(2 + n) n], scale [3]; rows are n pre, n post, n x n comb (row-major).
@@ -40,7 +42,8 @@ def hc_enter(
 
 
 def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """Eq. 1: X'_k = post_k y + sum_j comb_jk X_j. The release sums over comb's *first* index (the report's B is its transpose)."""
+    """Eq. 1: X'_k = post_k y + sum_j comb_jk X_j. The release sums over comb's *first* index (the report's B is its
+    transpose)."""
     x = streams.flatten(0, -3).float()
     added = post.flatten(0, -2).unsqueeze(-1) * y.flatten(0, -2).unsqueeze(-2).float()
     return torch.baddbmm(added, comb.flatten(0, -3).mT, x).view(streams.shape).to(streams.dtype)

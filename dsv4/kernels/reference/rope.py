@@ -35,6 +35,7 @@ class _Rotate(torch.autograd.Function):
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Interleaved RoPE on the last 2R channels (report 2.3.3): channels (2i, 2i+1) turn as one complex number.
 
-    x [..., C] any float dtype; angles complex64 [..., R] of unit magnitude, broadcastable. Pass ``angles.conj()`` to undo.
+    x [..., C] any float dtype; angles complex64 [..., R] of unit magnitude, broadcastable. Pass ``angles.conj()`` to
+    undo.
     """
     return _Rotate.apply(x, angles)
