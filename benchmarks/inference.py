@@ -41,7 +41,7 @@ class Ours:
     def __init__(self, folder: str, dtype: str) -> None:
         import dsv4
 
-        self.model = dsv4.load(folder, dtype=dtype)  # type: ignore[arg-type]
+        self.model = dsv4.load(folder, dtype=dtype)
         self.start()
 
     def start(self) -> None:
