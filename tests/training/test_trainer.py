@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import dsv4
 from dsv4.cli.app import main
 from dsv4.common.metrics import read_metrics
 from dsv4.training.checkpoints import list_checkpoints, save_checkpoint
+from dsv4.training.feed import Feed
 from dsv4.training.losses import Batch, components
 from dsv4.training.optimizer import Optimizer, OptimizerSettings, is_indexer
 from dsv4.training.schedule import StepPlan
@@ -89,10 +92,15 @@ def test_bias_balancing_moves_against_the_load(recipe: Make) -> None:
     config = recipe().model.config()
     model = dsv4.model.Transformer(config).init_weights(1)
     optimizer = Optimizer(model.named_parameters(), config, OptimizerSettings())
-    ids = torch.randint(3, 500, (2, 64), generator=torch.Generator().manual_seed(2))
-    batch = Batch(ids, torch.zeros_like(ids), torch.full(ids.shape, 1 / ids.numel()))
-    _, loads = components(model, batch, "sparse", True)
-    train_step(model, [optimizer], [batch, batch], StepPlan(1e-3, "sparse", 64, 0.3, 0.01), WEIGHTS, 1.0)
+    batches = []
+    for first in (3, 300):  # two passes with different tokens: their loads count together
+        ids = torch.randint(first, first + 30, (2, 64), generator=torch.Generator().manual_seed(first))
+        batches.append(Batch(ids, torch.zeros_like(ids), torch.full(ids.shape, 0.5 / ids.numel())))
+    parts = [components(model, batch, "sparse", True)[1] for batch in batches]
+    loads = [sum(load) for load in zip(*parts)]
+    mean = [load.float().mean() for load in loads]
+    assert any(not torch.equal(torch.sign(2 * b - m), torch.sign(a + b - m)) for (a, b), m in zip(zip(*parts), mean))
+    train_step(model, [optimizer], batches, StepPlan(1e-3, "sparse", 64, 0.3, 0.01), WEIGHTS, 1.0)
     gates = [block.ffn.gate for block in (*model.layers, *model.mtp) if block.layer.router == "learned"]
     assert len(gates) == len(loads) == 4
     for gate, load in zip(gates, loads):
@@ -131,6 +139,32 @@ def test_evaluation_counts_every_byte_once(recipe: Make, tmp_path: Path) -> None
     tokens, size = sum(len(ids) - 1 for ids, _ in texts), sum(size for _, size in texts)
     for rows in (1, 2):
         assert bits_per_byte(trainer.model, texts, rows, "sparse") == pytest.approx(9 * tokens / size, rel=1e-5)
+
+
+def test_evaluation_is_the_next_token_loss(recipe: Make, tmp_path: Path) -> None:
+    """Against a plain loop, with a model that knows something."""
+    trainer = Trainer(recipe("schedule.lengths=[[0, 64]]"), tmp_path)
+    for _ in range(6):
+        trainer.advance()
+    texts = trainer.feed.heldout()
+    nats = 0.0
+    for text, _ in texts:
+        ids = torch.tensor([text])
+        with torch.no_grad():
+            nats += float(F.cross_entropy(trainer.model(ids)[0, :-1], ids[0, 1:], reduction="sum"))
+    expected = nats / math.log(2) / sum(size for _, size in texts)
+    assert bits_per_byte(trainer.model, texts, 2, "sparse") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_length_stage_begins_at_its_first_row(recipe: Make) -> None:
+    feed = Feed(recipe())
+    for stage, length in ((0, 64), (4, 128)):
+        ids, documents, mask = feed._packing(stage, length).batch(1)
+        batches = feed.batches(stage + 1)
+        assert torch.equal(torch.cat([b.ids for b in batches]), torch.from_numpy(ids))
+        assert torch.equal(torch.cat([b.documents for b in batches]), torch.from_numpy(documents))
+        assert torch.equal(torch.cat([b.weights for b in batches]) > 0, torch.from_numpy(mask))
+        assert sum(float(b.weights.sum()) for b in batches) == pytest.approx(1)
 
 
 def test_resume_in_process_is_bit_exact(recipe: Make, tmp_path: Path) -> None:
