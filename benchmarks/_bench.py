@@ -134,6 +134,7 @@ def rounds(cases: list[dict[str, Any]], options: argparse.Namespace, label: str)
             for case in cases if number % 2 == 0 else reversed(cases):
                 spec = {key: value for key, value in case.items() if key != "env"} | {"threads": options.threads}
                 found.append(case | {"round": number} | measure(spec, case.get("env")))
+                found[-1].pop("folder", None)  # a temporary name, of no use to a reader
                 progress.update(1)
     return found
 
