@@ -6,22 +6,25 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4.kernels import reference
 from dsv4.kernels.cpu import attention as _cpu_attention
+from dsv4.kernels.cpu import few as _cpu_few
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
 from dsv4.kernels.cpu import rope as _cpu_rope
-from dsv4.kernels.reference import collapse, grouped_experts, stream_logits, swiglu, top_mask
+from dsv4.kernels.reference import collapse, stream_logits, swiglu, top_mask
 
 __all__ = [
     "collapse",
-    "grouped_experts",
     "hc_enter",
     "hc_leave",
     "joint_attention",
+    "linear",
     "rms_norm",
     "rotate",
+    "routed_experts",
     "stream_logits",
     "swiglu",
     "top_mask",
@@ -61,3 +64,17 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Partial interleaved RoPE; `reference.rotate` is the specification."""
     backend = _cpu_rope if _cpu_rope.usable(x) else reference
     return backend.rotate(x, angles)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in], weight [out, in] -> x W^T [..., out]."""
+    backend = _cpu_few.linear if _cpu_few.usable(x, weight, x.numel() // max(x.shape[-1], 1)) else F.linear
+    return backend(x, weight)
+
+
+def routed_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float
+) -> Tensor:
+    """Every token through its own experts; `reference.routed_experts` is the specification."""
+    backend = _cpu_few if _cpu_few.usable(x, w1, x.shape[0]) else reference
+    return backend.routed_experts(x, experts, weights, w1, w2, w3, limit)

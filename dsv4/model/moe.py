@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import grouped_experts, swiglu
+from dsv4.kernels import linear, routed_experts, swiglu
 from dsv4.model.attention import Trace
 from dsv4.model.layers import Linear
 
@@ -36,7 +36,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, D], ids int64 [N] -> experts int64 [N, K], weights float32 [N, K], scores float32 [N, E]."""
-        scores = F.softplus(F.linear(x.float(), self.weight.float())).sqrt()
+        scores = F.softplus(linear(x.float(), self.weight.float())).sqrt()
         if self.layer.router == "hash":
             experts = self.tid2eid[ids]
         else:  # a stable sort breaks ties towards the lowest index
@@ -88,25 +88,10 @@ class MoE(nn.Module):
         """h [B, T, D], ids int64 [B, T] -> [B, T, D]."""
         x = h.flatten(0, 1)
         experts, weights, scores = self.gate(x, ids.flatten())
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.config.n_routed_experts)
-        token = order // experts.shape[1]
-        rows = F.embedding(token, x) if torch.is_grad_enabled() else x[token]  # as an embedding: a faster backward
-        out = grouped_experts(
-            rows,
-            weights.flatten()[order],
-            self.experts.w1,
-            self.experts.w2,
-            self.experts.w3,
-            counts.tolist(),
-            self.config.swiglu_limit,
-        )
-        # Back to token order, then a sum over each token's K rows: fixed order, no atomics.
-        routed = F.embedding(order.argsort(), out) if torch.is_grad_enabled() else out[order.argsort()]
-        routed = routed.view(*experts.shape, -1).float().sum(1)
+        e = self.experts
+        routed = routed_experts(x, experts, weights, e.w1, e.w2, e.w3, self.config.swiglu_limit)
         if trace is not None and self.layer.router == "learned":
-            trace.load.append(counts)
+            trace.load.append(torch.bincount(experts.flatten(), minlength=self.config.n_routed_experts))
             trace.balance_losses.append(self._balance(scores, experts, h.shape[0]))
         return (routed + self.shared_experts(x).float()).to(h.dtype).view_as(h)
 

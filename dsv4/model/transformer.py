@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config
+from dsv4.kernels import linear
 from dsv4.model.attention import Trace
 from dsv4.model.block import Block
 from dsv4.model.dtypes import dtype_of
@@ -82,7 +82,7 @@ class Transformer(Site):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 [..., vocab_size]; the head multiplies in float32 (model card B.9)."""
-        return F.linear(hidden.float(), self.head.weight.float())
+        return linear(hidden.float(), self.head.weight.float())
 
     def new_state(self, batch: int = 1) -> State:
         """The empty memory of ``batch`` sequences."""

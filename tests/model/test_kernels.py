@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4 import kernels
 from dsv4.kernels import reference
-from dsv4.kernels.cpu import attention, hyper_connections, library, rope
+from dsv4.kernels.cpu import attention, few, hyper_connections, library, rope
 
 needs_library = pytest.mark.skipif(library.library() is None, reason="no C++ compiler here: only the reference runs")
 
@@ -77,6 +77,22 @@ def test_norm_and_rotation(rows: int, heads: int, shape: tuple[int, int]) -> Non
     for a in (angles, angles.conj()):
         compare((rope.rotate(x, a),), (reference.rotate(x, a),), [x], 2e-5)
     assert torch.allclose(kernels.rotate(kernels.rotate(x, angles), angles.conj()), x, atol=1e-5)
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 90))
+def test_few_rows(rows: int, inner: int, width: int) -> None:
+    x, w1, w2, w3 = (
+        normal(*s, seed=i)
+        for i, s in enumerate([(rows, width), *[(3, inner, width), (3, width, inner)], (3, inner, width)])
+    )
+    assert torch.allclose(few.linear(x, w1[0]), x @ w1[0].T, atol=1e-4)
+    experts = torch.tensor([[0, 2]] * rows)
+    weights = torch.rand(rows, 2)
+    ours = few.routed_experts(x, experts, weights, w1, w2, w3, 0.7)
+    wanted = reference.routed_experts(x, experts, weights, w1, w2, w3, 0.7)
+    assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
 
 
 @needs_library

@@ -30,7 +30,7 @@ REAL = tiny(
 
 
 def make(config: Config, seed: int = 5) -> Transformer:
-    return randomise(Transformer(config), seed)
+    return randomise(Transformer(config), seed, gain=1.0)
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

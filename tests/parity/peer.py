@@ -9,7 +9,7 @@ from dsv4.config import Config
 from dsv4.model import Transformer
 
 
-def randomise(model: Transformer, seed: int) -> Transformer:
+def randomise(model: Transformer, seed: int, gain: float = 1.5) -> Transformer:
     """Every tensor random and of a size that matters: default initialisation hides most mistakes (zero sinks, zero
     biases)."""
     generator = torch.Generator().manual_seed(seed)
@@ -27,7 +27,7 @@ def randomise(model: Transformer, seed: int) -> Transformer:
             elif leaf[-1].endswith(("_base", "attn_sink", "ape")) or name == "embed.weight":
                 p.copy_(normal(p, 1.0))
             else:
-                p.copy_(normal(p, 1.5 * p.shape[-1] ** -0.5))
+                p.copy_(normal(p, gain * p.shape[-1] ** -0.5))
         for name, b in model.named_buffers():
             if name.endswith("tid2eid"):
                 k, e = b.shape[1], model.config.n_routed_experts

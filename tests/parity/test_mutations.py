@@ -432,7 +432,7 @@ def no_clamp_on_the_shared_expert(p: Patch, model: Transformer) -> None:
 
 @mutant
 def no_clamp_on_the_routed_experts(p: Patch, _: Transformer) -> None:
-    p.setattr(moe, "grouped_experts", lambda *a: reference.grouped_experts(*a[:-1], 1e9))
+    p.setattr(moe, "routed_experts", lambda *a: reference.routed_experts(*a[:-1], 1e9))
 
 
 @mutant
@@ -447,9 +447,7 @@ def clamp_after_silu(p: Patch, _: Transformer) -> None:
 
 @mutant
 def w1_and_w3_are_swapped(p: Patch, _: Transformer) -> None:
-    p.setattr(
-        moe, "grouped_experts", lambda x, w, w1, w2, w3, c, limit: reference.grouped_experts(x, w, w3, w2, w1, c, limit)
-    )
+    p.setattr(moe, "routed_experts", lambda x, e, w, w1, w2, w3, c: reference.routed_experts(x, e, w, w3, w2, w1, c))
 
 
 @mutant

@@ -1,7 +1,7 @@
 """Plain torch, forward and backward: the specification of every kernel."""
 
 from dsv4.kernels.reference.attention import joint_attention
-from dsv4.kernels.reference.experts import grouped_experts, swiglu
+from dsv4.kernels.reference.experts import grouped_experts, routed_experts, swiglu
 from dsv4.kernels.reference.hyper_connections import collapse, hc_enter, hc_leave, stream_logits
 from dsv4.kernels.reference.rope import rms_norm, rotate
 from dsv4.kernels.reference.select import top_mask
@@ -15,6 +15,7 @@ __all__ = [
     "joint_attention",
     "rms_norm",
     "rotate",
+    "routed_experts",
     "sinkhorn",
     "stream_logits",
     "swiglu",

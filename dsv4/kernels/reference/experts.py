@@ -73,3 +73,19 @@ def grouped_experts(
     (sum N). The routing weight multiplies the hidden vector before W2, in float32, as the release does.
     """
     return _Grouped.apply(x, weight, w1, w2, w3, counts, limit)
+
+
+def routed_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float
+) -> Tensor:
+    """sum_k weights[:, k] E_{experts[:, k]}(x), float32 [N, D]. x [N, D], experts int64 [N, K], weights float32 [N, K].
+
+    Rows are sorted by expert, each expert multiplies its own, and every token's K results are added in a fixed order.
+    Gathers go as embeddings when gradients flow: their backward adds whole rows.
+    """
+    take = F.embedding if torch.is_grad_enabled() else lambda index, rows: rows[index]
+    owner = experts.flatten()
+    order = owner.argsort(stable=True)
+    counts = torch.bincount(owner, minlength=w1.shape[0]).tolist()
+    out = grouped_experts(take(order // experts.shape[1], x), weights.flatten()[order], w1, w2, w3, counts, limit)
+    return take(order.argsort(), out).view(*experts.shape, -1).float().sum(1)
