@@ -38,14 +38,16 @@ def test_it_answers_plainly_and_streaming(client: openai.OpenAI) -> None:
 
 
 def test_it_thinks_before_it_answers(client: openai.OpenAI) -> None:
+    """Key-value recall, where thinking helps this model most (docs/runs/nano-sft/tasks.md): one in two is right."""
     right = 0
-    items = [item for item in evaluation_items("add", 10) if item.level == 1]
+    items = evaluation_items("recall", 10)
     for item in items:
         reply = client.chat.completions.create(model="nano", max_tokens=200, seed=1, **thinking(item.request("high")))
         message = reply.choices[0].message
         assert message.reasoning_content and reply.usage.completion_tokens_details.reasoning_tokens > 0
+        assert "<think>" not in message.content and "</think>" not in message.content
         right += verify(item, message.model_dump())
-    assert right > 0, f"none of {len(items)} sums of one digit"
+    assert right >= 2, f"{right} of {len(items)} recalled"
 
 
 def test_it_calls_its_tool_and_reads_the_result(client: openai.OpenAI) -> None:
@@ -56,7 +58,8 @@ def test_it_calls_its_tool_and_reads_the_result(client: openai.OpenAI) -> None:
         body = {"model": "nano", "messages": request["messages"], "tools": request["tools"], "temperature": 0}
         reply = client.chat.completions.create(**body, extra_body=OFF, max_tokens=100)
         choice = reply.choices[0]
-        if not verify_call(item, choice.message.model_dump()):
+        calls = [call.function.model_dump() for call in choice.message.tool_calls or []]
+        if not verify_call(item, {"tool_calls": calls}):
             continue
         called += 1
         assert choice.finish_reason == "tool_calls"
