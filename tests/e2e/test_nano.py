@@ -15,7 +15,7 @@ from dsv4.data.tasks.item import verify, verify_call
 from dsv4.server import Service
 
 NANO = Path(__file__).resolve().parents[2] / "models" / "nano"
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not (NANO / "config.json").is_file(), reason="no bundled model yet")]
+pytestmark = pytest.mark.e2e
 OFF: dict[str, Any] = {"thinking": {"type": "disabled"}}
 
 
