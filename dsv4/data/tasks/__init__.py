@@ -8,12 +8,13 @@ from typing import Any
 from dsv4.common.seeds import rng as counter_rng
 from dsv4.data.tasks import arithmetic, lists, recall, strings, tools
 from dsv4.data.tasks.chat import conversation
+from dsv4.data.tasks.drills import drill
 from dsv4.data.tasks.item import LEVELS, MODES, Family, Item, verify, verify_call
 from dsv4.data.tasks.tools import calculate
 from dsv4.text import Tokenizer, render_training
 
 __all__ = [
-    "FAMILIES", "LEVELS", "MODES", "MODE_SHARES", "RARE", "Family", "Item", "calculate", "conversation",
+    "FAMILIES", "LEVELS", "MODES", "MODE_SHARES", "RARE", "Family", "Item", "calculate", "conversation", "drill",
     "evaluation_items", "sft_samples", "training_requests", "verify", "verify_call",
 ]  # fmt: skip
 
@@ -23,29 +24,37 @@ FAMILIES: dict[str, Family] = {
     for family in room.FAMILIES
 }  # fmt: skip
 
-MODE_SHARES = {"non-think": 0.35, "high": 0.5, "max": 0.15}
+MODE_SHARES = {"non-think": 0.3, "high": 0.55, "max": 0.15}
 """Most tokens of a "max" sample are the effort text and a check: few of them go a long way."""
+
+LEVEL_WEIGHTS = {1: 3.0, 2: 2.5, 3: 2.0, 4: 1.5, 5: 1.0}
+"""Relative frequency of the levels: a hard item teaches little before the easy ones are mastered."""
 
 RARE = {"calculator": 0.35}
 """Relative frequency of a family (1 for the others): a tool sample is mostly its preamble of 360 tokens."""
 
 CHAT_SHARE = 0.1
+DRILL_SHARE = 0.12
 SYSTEM_SHARE = 0.1
 _SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant", "Be brief.", "Answer briefly.")
 
 
 def training_requests(seed: int, count: int, modes: Mapping[str, float] = MODE_SHARES) -> Iterator[dict[str, Any]]:
-    """`count` bodies with the assistant's turns: nine tenths tasks of every family, level and mode (by relative
-    frequency), the rest plain conversation. Sample number n is a function of (seed, n) alone."""
+    """`count` bodies with the assistant's turns: mostly tasks of every family, level and mode (by relative
+    frequency), the rest drills and plain conversation. Sample number n is a function of (seed, n) alone."""
     names, weights = list(FAMILIES), [RARE.get(name, 1.0) for name in FAMILIES]
     for number in range(count):
         rng = counter_rng(seed, "sft", number)
         (mode,) = rng.choices(list(modes), list(modes.values()))
+        if rng.random() < DRILL_SHARE:
+            yield drill(rng)
+            continue
         if rng.random() < CHAT_SHARE:
             body = conversation(rng, mode)
         else:
             family = FAMILIES[rng.choices(names, weights)[0]]
-            body = family.sample(rng, rng.choice(list(LEVELS))).training_request(mode)
+            (level,) = rng.choices(list(LEVEL_WEIGHTS), list(LEVEL_WEIGHTS.values()))
+            body = family.sample(rng, level).training_request(mode)
             if rng.random() < CHAT_SHARE and "tools" not in body:  # a task in the midst of a conversation
                 body["messages"] = conversation(rng, "non-think")["messages"] + body["messages"]
         if rng.random() < SYSTEM_SHARE:
