@@ -1,0 +1,117 @@
+"""FP4 in FP8: lossless up to the stated ratios and not one step further; training passes gradients straight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4.numerics import (
+    FP4,
+    FP8,
+    FP8_BASE,
+    deployed_weight,
+    dequantise,
+    hadamard,
+    index_row,
+    quantise,
+    recast,
+    trained_index_row,
+    trained_weight,
+)  # fmt: skip
+from dsv4.numerics.recast import REACH
+
+
+def every_code(ratio: int, base: int = 127) -> tuple[torch.Tensor, torch.Tensor]:
+    """A 128 x 128 block whose FP4 scales are 2^ratio apart, all 16 codes under both."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(128, 4)
+    scale = torch.full((128, 4), base, dtype=torch.uint8)
+    scale[77, 2] += ratio
+    return codes | codes << 4, scale
+
+
+@pytest.mark.parametrize("anchor", ["largest", "smallest"])
+def test_lossless_up_to_the_reach_and_no_further(anchor: str) -> None:
+    for ratio in range(REACH[anchor] + 2):
+        elements, scale = every_code(ratio)
+        got = recast(elements, scale, anchor)  # type: ignore[arg-type]
+        assert got.ratio == ratio and got.exact == (ratio <= REACH[anchor]), ratio
+        same = torch.equal(dequantise(got.elements, got.scale, FP8), dequantise(elements, scale, FP4))
+        assert same == got.exact
+
+
+def test_the_released_converters_formula() -> None:
+    """New scale = largest FP4 scale / 2^6, element = fp4 * (s / new scale)."""
+    elements, scale = quantise(torch.randn(256, 384, generator=torch.Generator().manual_seed(1)), FP4)
+    got = recast(elements, scale)
+    wanted = scale.view(2, 128, 3, 4).amax((1, 3)) - 6
+    assert torch.equal(got.scale, wanted) and got.exact
+    s = torch.exp2(scale.float() - 127).repeat_interleave(32, 1)
+    new = torch.exp2(wanted.float() - 127).repeat_interleave(128, 0).repeat_interleave(128, 1)
+    unit = dequantise(elements, torch.full_like(scale, 127), FP4)
+    assert torch.equal(got.elements.view(torch.float8_e4m3fn).float(), unit * (s / new))
+
+
+def test_zero_blocks_do_not_count() -> None:
+    w = torch.randn(128, 128, generator=torch.Generator().manual_seed(2))
+    w[5, 32:64] = 0
+    w[:, 96:] = 0
+    elements, scale = quantise(w, FP4)
+    assert int(scale.min()) == 1  # 2^-126: a ratio of 2^120 if it counted
+    got = recast(elements, scale)
+    assert got.exact and got.ratio < 14
+    nothing = recast(*quantise(torch.zeros(130, 64), FP4))
+    assert nothing.exact and nothing.ratio == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (129, 130), (200, 34), (3, 300, 64)])
+def test_edges(shape: tuple[int, ...]) -> None:
+    elements, scale = quantise(torch.randn(shape, generator=torch.Generator().manual_seed(3)), FP4)
+    for form in (FP8, FP8_BASE):
+        got = recast(elements, scale, form=form)
+        assert got.exact and got.scale.shape == FP8.scales(shape)
+        assert torch.equal(dequantise(got.elements, got.scale, form), dequantise(elements, scale, FP4))
+
+
+def test_scales_outside_ue8m0_are_refused() -> None:
+    elements, scale = every_code(0, base=3)
+    with pytest.raises(ValueError, match=r"2\^-130\.\.2\^-130, outside UE8M0"):
+        recast(elements, scale)
+
+
+def test_gradient_of_the_fp8_weight_is_the_masters() -> None:
+    """Same gradient as an FP8 weight that is a leaf itself; forward is the FP4 value, which FP8 holds exactly."""
+    generator = torch.Generator().manual_seed(4)
+    master = torch.randn(70, 96, generator=generator, requires_grad=True)
+    x = torch.randn(5, 96, generator=generator)
+    seen = trained_weight(master)
+    assert torch.equal(seen, dequantise(*quantise(master.detach(), FP4), FP4))
+    (x @ seen.T).square().sum().backward()
+    leaf = deployed_weight(master.detach()).requires_grad_()
+    (x @ leaf.T).square().sum().backward()
+    assert torch.equal(master.grad, leaf.grad) and bool(master.grad.ne(0).all())  # type: ignore[arg-type, union-attr]
+
+
+def test_index_rows_pass_gradients_through_the_transform() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, g = torch.randn(4, 32, generator=generator, requires_grad=True), torch.randn(4, 32, generator=generator)
+    out = trained_index_row(x)
+    assert torch.equal(out, index_row(x.detach()))
+    out.backward(g)
+    assert torch.allclose(x.grad, hadamard(g), atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_training_learns_weights_that_fp4_keeps() -> None:
+    """Least squares with an FP4-exact answer: straight-through descent ends near it, rounding afterwards does not."""
+    generator = torch.Generator().manual_seed(6)
+    target = dequantise(*quantise(torch.randn(8, 64, generator=generator), FP4), FP4)
+    x = torch.randn(256, 64, generator=generator)
+    master = torch.zeros(8, 64, requires_grad=True)
+    optimiser = torch.optim.Adam([master], lr=0.02)
+    losses = []
+    for _ in range(300):
+        loss = (x @ (trained_weight(master) - target).T).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[0]
