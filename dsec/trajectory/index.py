@@ -1,0 +1,106 @@
+"""Which frames belong to which branch: an SQLite file beside the segments, made from them and thrown away at will.
+
+One index per Edge covers its own shard and those of the Edges it takes over from. `catch_up` scans only what was added
+since the last call, so each byte of log is read once for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+from dsec.trajectory.segment import Place, limits, scan
+
+TABLES = """
+create table if not exists segment (shard text, name text, end integer, primary key (shard, name)) without rowid;
+create table if not exists frame (stream integer, shard text, name text, offset integer, length integer,
+    primary key (stream, shard, name, offset)) without rowid;
+create index if not exists of_segment on frame (shard, name);
+"""
+
+
+class Index:
+    """Frames by stream, over all shards in `shards`. `own` is the shard of this process, or None for a reader."""
+
+    def __init__(self, shards: Path, own: str | None, file: Path | str = ":memory:") -> None:
+        self.shards, self.own = shards, own
+        self.database = sqlite3.connect(file, isolation_level=None)
+        self.database.executescript("pragma journal_mode=wal; pragma synchronous=normal;" + TABLES)
+        for folder in self._folders():  # the newest segments may have been cut since: look at them again
+            for path in list(limits(folder))[-1:]:
+                self._forget(folder.name, path.name)
+
+    def close(self) -> None:
+        self.database.close()
+
+    def catch_up(self, durable: Place | None = None) -> dict[str, list[str | int]]:
+        """Takes in what was added; returns {shard: [segment, end]} for the shards of others.
+
+        `durable` is how far this process's own log may be read: (path, end, 0). Frames of others are synced before they
+        are believed, because what this process acknowledges on their strength must stay.
+        """
+        seen: dict[str, list[str | int]] = {}
+        known = {(shard, name): end for shard, name, end in self.database.execute("select * from segment")}
+        for folder in self._folders():
+            for path, limit in limits(folder).items():
+                if folder.name == self.own:
+                    if durable and str(path) == durable.path:
+                        limit = durable.offset
+                    elif limit is None:  # being opened this moment
+                        continue
+                elif limit is None and self.own is not None:
+                    _sync(path)
+                end = known.get((folder.name, path.name), 0)
+                if limit is not None and end > limit:  # it ended in a group that was never acknowledged
+                    self._forget(folder.name, path.name)
+                    end = 0
+                if end != limit:
+                    end = self._take(folder.name, path, limit, end)
+                if folder.name != self.own:
+                    seen[folder.name] = [path.name, end]
+        return seen
+
+    def frames(self, stream: int) -> list[tuple[str, Place]]:
+        """(shard, place) of every frame of a branch, in the order of each shard."""
+        rows = self.database.execute(
+            "select shard, name, offset, length from frame where stream = ? order by shard, name, offset",
+            (_signed(stream),),
+        )
+        return [(shard, Place(str(self.shards / shard / name), offset, length)) for shard, name, offset, length in rows]
+
+    def streams(self) -> list[int]:
+        rows = self.database.execute("select distinct stream from frame")
+        return [stream & 0xFFFF_FFFF_FFFF_FFFF for (stream,) in rows]
+
+    def _folders(self) -> list[Path]:
+        return sorted(folder for folder in self.shards.iterdir() if folder.is_dir())
+
+    def _take(self, shard: str, path: Path, limit: int | None, start: int) -> int:
+        found = scan(path, limit, start)
+        rows = [
+            (_signed(frame.stream), shard, path.name, frame.offset, frame.end - frame.offset)
+            for frame in found.frames
+            if frame.stream
+        ]
+        self.database.execute("begin")
+        self.database.executemany("insert or replace into frame values (?, ?, ?, ?, ?)", rows)
+        self.database.execute("insert or replace into segment values (?, ?, ?)", (shard, path.name, found.end))
+        self.database.execute("commit")
+        return found.end
+
+    def _forget(self, shard: str, name: str) -> None:
+        self.database.execute("delete from frame where shard = ? and name = ?", (shard, name))
+        self.database.execute("delete from segment where shard = ? and name = ?", (shard, name))
+
+
+def _signed(stream: int) -> int:
+    return stream - (1 << 64) if stream >> 63 else stream
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
