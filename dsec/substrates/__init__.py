@@ -1,0 +1,1 @@
+"""Four kinds of sandbox behind one interface (base.py)."""

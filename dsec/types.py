@@ -1,0 +1,169 @@
+"""What crosses the sandbox API: frozen records, JSON in both directions (`as_dict`, and the constructor back).
+
+Units: seconds, MiB, cores. Times of day are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+from dsec.errors import InvalidRequest
+
+SUBSTRATES = ("function", "container", "microvm", "vm")
+ISOLATION = {
+    0: "none: one process, trusted code only",
+    1: "a process of its own: crashes and resource limits, not a boundary",
+    2: "namespaces and seccomp on the shared kernel",
+    3: "a kernel of its own in software (gVisor, emulated machine)",
+    4: "a kernel of its own behind hardware virtualisation",
+}
+"""What each isolation level promises. A level is declared, never lowered without being asked."""
+
+
+class Record:
+    """Shared by the records below."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON data; nested records become dicts."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The record, unknown keys refused with the nearest known name."""
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in data:
+            if key not in known:
+                import difflib
+
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InvalidRequest(f"{cls.__name__} has no field {key!r}{hint}")
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Spec(Record):
+    """What a sandbox is to be. The same spec means the same thing on every host."""
+
+    substrate: Literal["function", "container", "microvm", "vm"] = "container"
+    image: str = "host"
+    """"host", "debian", "python", a name given to `dsec image build`, or the absolute path of a root folder."""
+    timeout: float = 300.0
+    """Seconds until the sandbox is destroyed, counted from creation or from the last set_timeout."""
+    cpu: float = 1.0
+    memory: int = 1024
+    """MiB, of everything the sandbox keeps in memory, its files on a memory disk included; swap is off."""
+    disk: int = 512
+    """MiB the sandbox may write."""
+    pids: int = 256
+    network: str | tuple[str, ...] = "none"
+    """"none", or a tuple of host names and addresses ("pypi.org", "*.debian.org", "10.1.2.3:443") it may reach."""
+    env: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    user: str = "root"
+    """Whom commands run as unless they say otherwise; root inside is nobody outside."""
+    isolation_min: int = 0
+    """Refuse a substrate whose isolation level is lower (see ISOLATION)."""
+    trajectory: str | None = None
+    branch: str = "main"
+    idempotency_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.substrate not in SUBSTRATES:
+            raise InvalidRequest(f"substrate {self.substrate!r} is none of {', '.join(SUBSTRATES)}")
+        for name in ("timeout", "cpu", "memory", "disk", "pids"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**40:
+                raise InvalidRequest(f"{name} must be a positive number, not {value!r}")
+        if self.network != "none":
+            if isinstance(self.network, str):
+                raise InvalidRequest(f'network is "none" or a list of hosts, not {self.network!r}')
+            object.__setattr__(self, "network", tuple(self.network))
+        for name in ("env", "metadata"):
+            for key, value in getattr(self, name).items():
+                if not isinstance(key, str) or not isinstance(value, str) or "\0" in key + value or "=" in key:
+                    raise InvalidRequest(f"{name} must map strings to strings, not {key!r}: {value!r}")
+        if not 0 <= self.isolation_min <= 4:
+            raise InvalidRequest(f"isolation_min is 0 to 4, not {self.isolation_min!r}")
+
+    def but(self, **changes: Any) -> Spec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class CommandResult(Record):
+    """How a command ended. Output is UTF-8 with bad bytes replaced; a long one keeps its head and its tail."""
+
+    stdout: str = ""
+    stderr: str = ""
+    exit_code: int = 0
+    """128 + n when signal n ended it."""
+    truncated: bool = False
+    """Output passed its cap; the middle is missing."""
+    duration: float = 0.0
+    """Seconds."""
+    replayed: bool = False
+    """From the trajectory log: nothing ran."""
+
+
+@dataclass(frozen=True)
+class Capabilities(Record):
+    """What a substrate can do, declared before it is asked."""
+
+    isolation: int
+    """A key of ISOLATION."""
+    fork_memory: bool = False
+    """fork() copies running processes, not only files."""
+    persistent_fs: bool = True
+    """Files stay from one command to the next."""
+    network: bool = False
+    tty: bool = True
+    limits: str = "cgroup"
+    """How limits are enforced: "cgroup" (the whole sandbox), "rlimit" (each process), "machine" (a VM's own size)."""
+
+
+@dataclass(frozen=True)
+class SandboxInfo(Record):
+    """A sandbox as its Edge sees it."""
+
+    id: str
+    substrate: str
+    image: str
+    state: Literal["creating", "running", "paused", "failed", "dead"]
+    isolation: int
+    capabilities: dict[str, Any]
+    created: float
+    deadline: float
+    host: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    trajectory: str | None = None
+    reason: str = ""
+    """Why it failed or died, in one line."""
+
+
+@dataclass(frozen=True)
+class EntryInfo(Record):
+    """A file inside a sandbox."""
+
+    name: str
+    path: str
+    type: Literal["file", "dir", "link", "other"]
+    size: int
+    mode: int
+    mtime: float
+    uid: int = 0
+    gid: int = 0
+
+
+@dataclass(frozen=True)
+class Stats(Record):
+    """What a sandbox uses now."""
+
+    cpu_seconds: float = 0.0
+    memory_bytes: int = 0
+    memory_peak_bytes: int = 0
+    pids: int = 0
+    disk_bytes: int = 0
+    oom_kills: int = 0
