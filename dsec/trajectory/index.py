@@ -15,7 +15,7 @@ from dsec.trajectory.segment import Place, limits, scan
 TABLES = """
 create table if not exists segment (shard text, name text, end integer, primary key (shard, name)) without rowid;
 create table if not exists frame (stream integer, shard text, name text, offset integer, length integer,
-    primary key (stream, shard, name, offset)) without rowid;
+    epoch integer, mark integer, primary key (stream, shard, name, offset)) without rowid;
 create index if not exists of_segment on frame (shard, name);
 """
 
@@ -61,13 +61,24 @@ class Index:
                     seen[folder.name] = [path.name, end]
         return seen
 
-    def frames(self, stream: int) -> list[tuple[str, Place]]:
-        """(shard, place) of every frame of a branch, in the order of each shard."""
+    def frames(self, stream: int) -> list[tuple[str, Place, int, int]]:
+        """(shard, place, epoch, mark) of every frame of a branch, in the order of each shard."""
         rows = self.database.execute(
-            "select shard, name, offset, length from frame where stream = ? order by shard, name, offset",
+            "select shard, name, offset, length, epoch, mark from frame where stream = ? order by shard, name, offset",
             (_signed(stream),),
         )
-        return [(shard, Place(str(self.shards / shard / name), offset, length)) for shard, name, offset, length in rows]
+        return [
+            (shard, Place(f"{self.shards}/{shard}/{name}", offset, length), epoch, mark)
+            for shard, name, offset, length, epoch, mark in rows
+        ]
+
+    def shards_of(self, stream: int) -> set[str]:
+        return {
+            name
+            for (name,) in self.database.execute(
+                "select distinct shard from frame where stream = ?", (_signed(stream),)
+            )
+        }
 
     def streams(self) -> list[int]:
         rows = self.database.execute("select distinct stream from frame")
@@ -79,12 +90,12 @@ class Index:
     def _take(self, shard: str, path: Path, limit: int | None, start: int) -> int:
         found = scan(path, limit, start)
         rows = [
-            (_signed(frame.stream), shard, path.name, frame.offset, frame.end - frame.offset)
+            (_signed(frame.stream), shard, path.name, frame.offset, frame.end - frame.offset, frame.epoch, frame.mark)
             for frame in found.frames
             if frame.stream
         ]
         self.database.execute("begin")
-        self.database.executemany("insert or replace into frame values (?, ?, ?, ?, ?)", rows)
+        self.database.executemany("insert or replace into frame values (?, ?, ?, ?, ?, ?, ?)", rows)
         self.database.execute("insert or replace into segment values (?, ?, ?)", (shard, path.name, found.end))
         self.database.execute("commit")
         return found.end

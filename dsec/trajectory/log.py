@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 Durability = Literal["begin+end", "end", "async"]
 INLINE = 64 << 10  # bytes of output kept in the record itself; longer ones become blobs
+KINDS = ("OPEN", "BEGIN", "END", "ABORT", "SNAP", "FORK", "CUT", "NOTE", "CLOSE")  # position = low four bits of a mark
+decode = json.JSONDecoder().decode
 PLAIN = 1 << 10  # characters of text kept in the record's JSON
 
 
@@ -115,7 +117,7 @@ class Records:
             frame = unpack(data)
         except ValueError as problem:
             raise corrupt(Path(place.path), place.offset, str(problem)) from None
-        return json.loads(frame.header), frame.payload
+        return decode(frame.header.decode()), frame.payload
 
     def decode_result(self, header: Mapping[str, Any], payload: bytes) -> dict[str, Any]:
         result, offset = dict(header["result"]), 0
@@ -214,7 +216,9 @@ class TrajectoryLog(Records):
     def append(self, branch: Branch, type: str, payload: bytes = b"", **fields: Any) -> asyncio.Future[Place]:
         """Queues a record; the future gives its place once it is durable, or LogFull, LogFailed, Fenced."""
         record = {"type": type, "trajectory": branch.trajectory, "branch": branch.name, "epoch": branch.epoch, **fields}
-        return self.writer.append(branch.stream, keys.encode(record).encode("utf-8", "surrogatepass"), payload)
+        header = keys.encode(record).encode("utf-8", "surrogatepass")
+        mark = KINDS.index(type) | fields.get("step", 0) << 4
+        return self.writer.append(branch.stream, branch.epoch, mark, header, payload)
 
     # Results: JSON values in the header, bytes and long text as parts behind it or as blobs
 
@@ -243,7 +247,7 @@ class TrajectoryLog(Records):
         ends = self.index.catch_up(self.writer.durable)
         found = load(self, trajectory, branch)
         if found:
-            shards = {shard for shard, _ in self.index.frames(found.stream)}
+            shards = self.index.shards_of(found.stream)
             found.seen = {shard: end for shard, end in ends.items() if shard in shards}
         return found
 
@@ -334,7 +338,7 @@ class LogReader(Records):
         return sorted((first["trajectory"], first["branch"]) for first in firsts)
 
 
-Record = tuple[dict[str, Any], Place]
+Record = tuple[str, int, int, Place]  # kind, step, epoch, place
 
 
 def records(log: Records, trajectory: str, branch: str) -> tuple[list[Record], int]:
@@ -343,27 +347,22 @@ def records(log: Records, trajectory: str, branch: str) -> tuple[list[Record], i
     A record counts unless a newer epoch was opened before it: in the same shard, by position; in another shard, by what
     the newer OPEN says it had seen of this one.
     """
-    found = [
-        (shard, place, log.read(place)[0]) for shard, place in log.index.frames(keys.stream_of(trajectory, branch))
-    ]
-    opens = [(shard, place, record) for shard, place, record in found if record["type"] == "OPEN"]
-    if len(opens) <= 1:
-        return [(record, place) for _, place, record in found], 0
-    kept = []
-    for shard, place, record in found:
+    found = log.index.frames(keys.stream_of(trajectory, branch))
+    opens = [(shard, place, epoch) for shard, place, epoch, mark in found if KINDS[mark & 15] == "OPEN"]
+    seen = {place: log.read(place)[0]["seen"] for _, place, _ in opens} if len(opens) > 1 else {}
+    kept: list[Record] = []
+    for shard, place, epoch, mark in found:
         position = (Path(place.path).name, place.offset)
-        for other_shard, other_place, other in opens:
-            if other["epoch"] <= record["epoch"]:
-                continue
-            end = (Path(other_place.path).name, other_place.offset)
-            if other_shard != shard:
-                end = tuple(other["seen"].get(shard, ("", 0)))
-            if position >= end:
+        for other_shard, other, newer in opens:
+            end = (Path(other.path).name, other.offset)
+            if other_shard != shard and newer > epoch:
+                end = tuple(seen[other].get(shard, ("", 0)))
+            if newer > epoch and position >= end:
                 break
         else:
-            kept.append((record["epoch"], record, place))
-    kept.sort(key=lambda item: item[0])  # stable: within an epoch, the order of its shard
-    return [(record, place) for _, record, place in kept], len(found) - len(kept)
+            kept.append((KINDS[mark & 15], mark >> 4, epoch, place))
+    kept.sort(key=lambda record: record[2])  # stable: within an epoch, the order of its shard
+    return kept, len(found) - len(kept)
 
 
 def load(log: Records, trajectory: str, name: str) -> Branch | None:
@@ -372,38 +371,43 @@ def load(log: Records, trajectory: str, name: str) -> Branch | None:
     if not kept:
         return None
     branch = Branch(trajectory, name, ignored=ignored)
-    for record, place in kept:
-        kind, branch.epoch = record["type"], max(branch.epoch, record["epoch"])
+    for kind, step, epoch, place in kept:
+        branch.epoch = max(branch.epoch, epoch)
+        if kind == "END":  # read when it is replayed
+            branch.entries[step].ended = place
+            continue
+        record, _ = log.read(place)
         if kind == "OPEN" and not branch.identity:
             branch.identity, branch.image, branch.seeds = record["spec"], record["image"], record["seeds"]
             if record["parent"]:
-                parent, at = record["parent"]
-                older = load(log, trajectory, parent)
-                if older is None or len(older.entries) < at:
-                    raise corrupt(Path(place.path), place.offset, f"forked from {parent!r} at {at}, which is not there")
-                branch.parent = (parent, at)
-                branch.entries = older.entries[:at]
-                branch.snapshots = [snapshot for snapshot in older.snapshots if snapshot.step <= at]
+                _inherit(log, branch, record["parent"], place)
         elif kind == "BEGIN":
-            step = record["step"]
-            entry = Entry(record["key"], record["kind"], name, record["idempotent"], place, attempt=record["attempt"])
             if step > len(branch.entries):
                 raise corrupt(Path(place.path), place.offset, f"step {step} follows {len(branch.entries) - 1}")
+            entry = Entry(record["key"], record["kind"], name, record["idempotent"], place, attempt=record["attempt"])
             branch.entries[step : step + 1] = [entry]
-        elif kind == "END":
-            branch.entries[record["step"]].ended = place
         elif kind == "ABORT":
-            branch.entries[record["step"]].aborted = True
+            branch.entries[step].aborted = True
         elif kind == "SNAP":
-            branch.snapshots.append(Snapshot(record["step"], record["marker"]))
+            branch.snapshots.append(Snapshot(step, record["marker"]))
         elif kind == "FORK":
-            branch.children.append((record["child"], record["at"]))
+            branch.children.append((record["child"], step))
         elif kind == "CUT":
-            del branch.entries[record["at"] :]
-            branch.snapshots = [snapshot for snapshot in branch.snapshots if snapshot.step <= record["at"]]
+            del branch.entries[step:]
+            branch.snapshots = [snapshot for snapshot in branch.snapshots if snapshot.step <= step]
         elif kind == "CLOSE":
             branch.closed = True
     return branch
+
+
+def _inherit(log: Records, branch: Branch, parent: list[Any], place: Place) -> None:
+    name, at = parent
+    older = load(log, branch.trajectory, name)
+    if older is None or len(older.entries) < at:
+        raise corrupt(Path(place.path), place.offset, f"forked from {name!r} at step {at}, which is not there")
+    branch.parent = (name, at)
+    branch.entries = older.entries[:at]
+    branch.snapshots = [snapshot for snapshot in older.snapshots if snapshot.step <= at]
 
 
 def _secret(folder: Path) -> bytes:

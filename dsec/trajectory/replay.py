@@ -233,7 +233,7 @@ class Trajectory:
         epoch = self.log.take_epoch(child.stream, None, 0)
         handle = await self.log.adopt(child, epoch, self.identity, self.image, self.on_divergence)
         crash("log.forked")
-        await self.log.append(parent, "FORK", child=name, at=at)
+        await self.log.append(parent, "FORK", step=at, child=name)
         parent.children.append((name, at))
         handle.cursor = at
         return handle
@@ -352,7 +352,7 @@ class Trajectory:
         if self.on_divergence == "truncate":
             if branch.running:
                 raise InvalidRequest(f"cannot cut {branch.name!r} at step {step}: {branch.running} steps are running")
-            await self.log.append(branch, "CUT", at=step)
+            await self.log.append(branch, "CUT", step=step)
             del branch.entries[step:]
             branch.snapshots = [snapshot for snapshot in branch.snapshots if snapshot.step <= step]
         else:

@@ -1,7 +1,9 @@
 """Segment files: frames guarded by CRC32C, written in groups, one fdatasync for all that wait.
 
-    frame = magic u32 | header bytes u32 | payload bytes u32 | batch u32 | stream u64 | crc u32 | header | payload
+    frame = magic u32 | header bytes u32 | payload bytes u32 | batch u32 | stream u64 | epoch u64 | mark u32 | crc u32
+            | header | payload
 
+`stream`, `epoch` and `mark` are the log's (who wrote what kind of record), so it need not parse what it only counts.
 `batch` is the offset at which the frame's group began: everything before it was durable when the frame was written.
 That is how a reader tells a torn tail from damage. A bad frame followed by a good one of the *same* group was never
 acknowledged (a power failure may keep any pages of an unsynced group), so the file ends there. A bad frame followed by
@@ -35,7 +37,7 @@ from dsec.errors import DsecError
 from dsec.trajectory.failpoint import crash, die, reached
 
 MAGIC = 0x4C534344  # "DCSL" on disk
-HEAD = struct.Struct("<IIIIQI")
+HEAD = struct.Struct("<IIIIQQII")
 SIZE = 64 << 20  # bytes after which a new segment is opened
 GROUP_RECORDS, GROUP_BYTES = 256, 8 << 20  # the most that one group takes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -73,12 +75,14 @@ class Frame(NamedTuple):
     end: int
     batch: int
     stream: int
+    epoch: int
+    mark: int
     header: bytes
     payload: bytes
 
 
-def pack(stream: int, header: bytes, payload: bytes, batch: int) -> bytes:
-    head = HEAD.pack(MAGIC, len(header), len(payload), batch, stream, 0)[:-4]
+def pack(stream: int, epoch: int, mark: int, header: bytes, payload: bytes, batch: int) -> bytes:
+    head = HEAD.pack(MAGIC, len(header), len(payload), batch, stream, epoch, mark, 0)[:-4]
     crc = extend(extend(extend(0, head), header), payload)
     return b"".join((head, crc.to_bytes(4, "little"), header, payload))
 
@@ -87,7 +91,7 @@ def unpack(data: bytes, offset: int = 0) -> Frame:
     """The frame at `offset`; ValueError says what is wrong with it."""
     if len(data) - offset < HEAD.size:
         raise ValueError(f"{len(data) - offset} bytes are less than a frame's {HEAD.size}")
-    magic, header_bytes, payload_bytes, batch, stream, crc = HEAD.unpack_from(data, offset)
+    magic, header_bytes, payload_bytes, batch, stream, epoch, mark, crc = HEAD.unpack_from(data, offset)
     if magic != MAGIC:
         raise ValueError(f"magic {magic:#010x}")
     start = offset + HEAD.size
@@ -97,10 +101,10 @@ def unpack(data: bytes, offset: int = 0) -> Frame:
     header, payload = data[start:middle], data[middle:end]
     if extend(extend(extend(0, data[offset : start - 4]), header), payload) != crc:
         raise ValueError("CRC32C differs")
-    return Frame(offset, end, batch, stream, header, payload)
+    return Frame(offset, end, batch, stream, epoch, mark, header, payload)
 
 
-Item = tuple[int, bytes, bytes, "asyncio.Future[Place]"]  # stream, header, payload, who waits
+Item = tuple[int, int, int, bytes, bytes, "asyncio.Future[Place]"]  # stream, epoch, mark, header, payload, who waits
 
 
 class Scan(NamedTuple):
@@ -213,13 +217,13 @@ class SegmentWriter:
 
     # The loop's side
 
-    def append(self, stream: int, header: bytes, payload: bytes = b"") -> asyncio.Future[Place]:
+    def append(self, stream: int, epoch: int, mark: int, header: bytes, payload: bytes = b"") -> asyncio.Future[Place]:
         """Queues one frame; the future gives its place once it is durable, or LogFull / LogFailed."""
         future = asyncio.get_running_loop().create_future()
         with self._wake:
             if self._closed:
                 raise LogFailed("the log is closed")
-            self._waiting.append((stream, header, payload, future))
+            self._waiting.append((stream, epoch, mark, header, payload, future))
             if len(self._waiting) == 1:
                 self._wake.notify()
         return future
@@ -243,7 +247,7 @@ class SegmentWriter:
                     self._wake.wait()
                 group, room = [], GROUP_BYTES
                 for item in self._waiting[:GROUP_RECORDS]:
-                    room -= len(item[1]) + len(item[2])
+                    room -= len(item[3]) + len(item[4])
                     group.append(item)
                     if room < 0:
                         break
@@ -281,8 +285,8 @@ class SegmentWriter:
     def _write(self, group: list[Item]) -> list[Place]:
         batch, places, frames = self._offset, [], []
         offset = batch
-        for stream, header, payload, _ in group:
-            frame = pack(stream, header, payload, batch)
+        for stream, epoch, mark, header, payload, _ in group:
+            frame = pack(stream, epoch, mark, header, payload, batch)
             frames.append(frame)
             places.append(Place(str(self._path), offset, len(frame)))
             offset += len(frame)
@@ -319,7 +323,7 @@ class SegmentWriter:
         refused: dict[int, Exception],
     ) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Place], Place | Exception]]] = {}
-        for index, (stream, _, _, future) in enumerate(group):
+        for index, (stream, *_, future) in enumerate(group):
             answer = outcome if isinstance(outcome, Exception) else refused.get(stream, outcome[index])
             by_loop.setdefault(future.get_loop(), []).append((future, answer))
         for loop, answers in by_loop.items():
@@ -339,7 +343,7 @@ class SegmentWriter:
         fd = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600)
         crash("segment.roll")
         try:
-            os.pwrite(fd, pack(0, header, b"", 0), 0)
+            os.pwrite(fd, pack(0, 0, 0, header, b"", 0), 0)
             self.sync(fd)
             sync_folder(self.folder)
         except OSError:
