@@ -1,0 +1,171 @@
+"""What an API server decides for each create. Soft views only: any number of servers may work on one store.
+
+begin      quota, idempotency, placement; the row is written before any Edge hears of it
+wait       without room it waits its turn (`FairQueue`); `pump` serves the queue
+refused    an Edge said no for certain: another one gets the row
+started    an Edge said yes
+abandon    nobody knows: the row is marked as to be stopped, the Edge clears it up, and it is *not* started elsewhere
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsec.cluster.clock import Clock
+from dsec.cluster.errors import StoreUnavailable
+from dsec.cluster.member import decode
+from dsec.cluster.placement import FairQueue, Placement, Refusal, victims
+from dsec.cluster.store import Budget, Edge, Row, Store
+from dsec.errors import Capacity, DsecError
+
+TRIES = 4
+"""Edges that are asked for one create."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A create as a client asks for it."""
+
+    project: str
+    budget: Budget = field(default_factory=Budget)
+    image: str = "host"
+    timeout: float = 300.0
+    priority: int = 0
+    run: str = ""
+    key: str = ""
+    digest: str = ""
+    spec: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Reservation:
+    """A row that an Edge is to start; ``fresh`` is False when it stood before (a repeated or a resumed create)."""
+
+    row: Row
+    order: Order
+    fresh: bool
+    tried: set[str] = field(default_factory=set)
+
+
+class Control:
+    def __init__(self, store: Store, clock: Clock, rng: random.Random | None = None, servers: int = 1) -> None:
+        self.store, self.edges = store, dict[str, Edge]()
+        self.placement = Placement(rng or random.Random(), servers)
+        self.live: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.queue: FairQueue[tuple[Order, Any]] = FairQueue()
+        self._clock = clock
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def refresh(self) -> None:
+        """Reads the Edges' reports and the projects' counts; call it about once a second."""
+        edges, projects, now = self.store.edges(), self.store.projects(), self._clock.monotonic()
+        for edge in edges:
+            if self._seen.get(edge.id) == (edge.epoch, edge.seq):
+                continue
+            self._seen[edge.id] = (edge.epoch, edge.seq)
+            report = decode(edge)
+            if not edge.up:
+                self.placement.lost(edge.id)
+            elif report:
+                self.placement.report(report, now)
+        self.edges = {edge.id: edge for edge in edges}
+        self.live = {project.name: project.live for project in projects}
+        self.weights = {project.name: project.weight for project in projects}
+
+    def begin(self, order: Order) -> Reservation | Refusal:
+        """Raises QuotaExceeded, Conflict, UnknownProject, StoreUnavailable."""
+        now, id = self._clock.now(), uuid.uuid4().hex
+        edge = self.placement.place(id, order.budget, order.image, self._clock.monotonic())
+        if isinstance(edge, Refusal):
+            return edge
+        row = Row(
+            id=id,
+            project=order.project,
+            run=order.run or id,
+            edge=edge,
+            epoch=self.edges[edge].epoch,
+            budget=order.budget,
+            priority=order.priority,
+            created=now,
+            deadline=now + order.timeout,
+            spec=order.spec,
+        )
+        try:
+            standing = self.store.create(row, order.key, order.digest)
+        except BaseException:
+            self.placement.settle(id, None)
+            raise
+        if standing.id != id:
+            self.placement.settle(id, None)
+            if standing.state == "stopping":  # of the same run: it must be gone before it may start again
+                raise Capacity(f"{standing.id} of the same run is still being stopped", retry=1.0)
+        elif order.project in self.live:
+            self.live[order.project] += 1
+        return Reservation(standing, order, standing.id == id, {standing.edge})
+
+    def wait(self, order: Order, ticket: Any) -> None:
+        """Puts an order that was refused in the queue; `pump` answers it under ``ticket``, unless ``ticket.done()``."""
+        self.queue.push(order.project, order.priority, (order, ticket))
+
+    def pump(self) -> Iterator[tuple[Any, Order, Reservation | DsecError]]:
+        """Serves the queue until the next in turn does not fit. Those behind it wait although they might fit: else a
+        large one would never get its turn."""
+        while self.queue:
+            order, ticket = self.queue.pop(self.live, self.weights)
+            if ticket.done():
+                continue
+            try:
+                answer = self.begin(order)
+            except StoreUnavailable:
+                self.queue.push(order.project, order.priority, (order, ticket), front=True)
+                return
+            except DsecError as error:
+                yield ticket, order, error
+                continue
+            if isinstance(answer, Refusal):
+                self.queue.push(order.project, order.priority, (order, ticket), front=True)
+                return
+            yield ticket, order, answer
+
+    def refused(self, reservation: Reservation) -> Reservation | Refusal:
+        """Call only when the Edge has said that it does not and will not run it."""
+        row, order = reservation.row, reservation.order
+        self.placement.settle(row.id, None)
+        edge: str | Refusal = Refusal(False, 1.0)
+        if len(reservation.tried) < TRIES:
+            now = self._clock.monotonic()
+            edge = self.placement.place(row.id, order.budget, order.image, now, reservation.tried)
+        if isinstance(edge, Refusal):
+            self.store.finish([(row.id, row.edge, row.epoch, "failed", "no host took it")], self._clock.now())
+            return edge
+        try:
+            moved = self.store.move(row, edge, self.edges[edge].epoch)
+        except StoreUnavailable:
+            self.placement.settle(row.id, None)
+            raise
+        if moved is None:
+            self.placement.settle(row.id, None)
+            return Refusal(False, 1.0)
+        return Reservation(moved, order, True, reservation.tried | {edge})
+
+    def started(self, reservation: Reservation, counted: int) -> None:
+        self.placement.settle(reservation.row.id, counted)
+
+    def abandon(self, reservation: Reservation) -> None:
+        """No answer: it may run, so it is told to stop and no other Edge gets it; the row ends when its own Edge has
+        looked, or is lost."""
+        self.placement.settle(reservation.row.id, None)
+        self.store.change(reservation.row.id, "stopping", "failed")
+
+    def make_room(self, order: Order) -> list[Row]:
+        """Less important sandboxes that were told to stop so that ``order`` fits; [] if their end would not help.
+        Their Edges give them the notice, `preempt` in `dsec.cluster.node`."""
+        if order.priority <= 0:
+            return []
+        chosen = victims(self.store.below(order.priority), order.budget, order.priority, self.placement.free())
+        return [row for row in chosen if self.store.change(row.id, "stopping", "preempted")]
