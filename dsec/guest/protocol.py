@@ -35,6 +35,8 @@ CHUNK = 512 * 1024
 """Bytes a read or write moves per frame."""
 OUTPUT_LIMIT = 1 << 20
 """Default cap of each output stream, half of it head and half tail."""
+MAGIC = b"\x93dsec\x1fopen\xe7\x0a\x5b\xc2\x80\0"
+"""Opens a session on a serial line, where nothing else tells one connection from the next; the agent echoes it."""
 _HEAD = struct.Struct("<IBI")
 
 Output = Callable[[bytes, bytes], None]
@@ -158,8 +160,9 @@ class Process:
 class Agent(asyncio.Protocol):
     """The agent at the other end of a stream. `failed` ends, with the reason, when the connection does."""
 
-    def __init__(self) -> None:
+    def __init__(self, serial: bool = False) -> None:
         loop = asyncio.get_running_loop()
+        self._hunt = bytearray() if serial else None
         self.failed: asyncio.Future[str] = loop.create_future()
         self.hello: asyncio.Future[int] = loop.create_future()
         self._frames = Frames()
@@ -171,11 +174,14 @@ class Agent(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     @classmethod
-    async def connect(cls, path: Path | str, timeout: float = 10.0) -> Agent:
-        """Connects to the unix socket; frames may be sent before the guest has woken up. Raises SandboxFailed."""
+    async def connect(cls, path: Path | str, timeout: float = 10.0, serial: bool = False) -> Agent:
+        """Connects to the unix socket; frames may be sent before the guest has woken up. Raises SandboxFailed.
+
+        `serial`: a machine's port is behind the socket, so what an earlier connection left on the line is skipped.
+        """
         try:
             async with asyncio.timeout(timeout):
-                _, agent = await asyncio.get_running_loop().create_unix_connection(cls, str(path))
+                _, agent = await asyncio.get_running_loop().create_unix_connection(lambda: cls(serial), str(path))
         except (OSError, TimeoutError) as error:
             raise SandboxFailed(f"cannot reach the agent at {path}: {error!r}") from None
         return agent
@@ -185,6 +191,8 @@ class Agent(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if self._hunt is not None:
+            transport.write(MAGIC)
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -196,6 +204,13 @@ class Agent(asyncio.Protocol):
         self._fail(f"the connection to the agent ended{f': {error}' if error else ''}")
 
     def data_received(self, data: bytes) -> None:
+        if self._hunt is not None:
+            self._hunt += data
+            _, magic, data = bytes(self._hunt).rpartition(MAGIC)
+            if not magic:
+                del self._hunt[: -len(MAGIC)]
+                return
+            self._hunt = None
         try:
             for kind, id, payload in self._frames.feed(data):
                 self._take(kind, id, payload)
@@ -206,13 +221,15 @@ class Agent(asyncio.Protocol):
         if kind in (b"O", b"E") and id in self._processes:
             self._processes[id]._output(kind, payload)
         elif kind == b"D" and id in self._processes:
+            result = _exit(dict(parse(payload)))
             done = self._processes.pop(id).done
             if not done.done():
-                done.set_result(_exit(dict(parse(payload))))
+                done.set_result(result)
         elif kind == b"F" and id in self._processes:
+            refusal = _refused(payload)
             done = self._processes.pop(id).done
             if not done.done():
-                done.set_exception(_refused(payload))
+                done.set_exception(refusal)
         elif kind in (b"A", b"F", b"J", b"p") and id in self._answers:
             answer = self._answers.pop(id)
             if not answer.done():
