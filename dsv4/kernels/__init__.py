@@ -6,18 +6,24 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4.kernels import reference
+from dsv4.kernels.cpu import attend as _cpu_attend
 from dsv4.kernels.cpu import attention as _cpu_attention
-from dsv4.kernels.cpu import few as _cpu_few
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
+from dsv4.kernels.cpu import linear as _cpu_linear
 from dsv4.kernels.cpu import rope as _cpu_rope
 from dsv4.kernels.reference import collapse, stream_logits, swiglu, top_mask
 
 __all__ = [
+    "attend",
+    "choose",
     "collapse",
+    "fused_attention",
+    "grouped_linear",
     "hc_enter",
     "hc_leave",
     "joint_attention",
@@ -66,15 +72,55 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return backend.rotate(x, angles)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in], weight [out, in] -> x W^T [..., out]."""
-    backend = _cpu_few.linear if _cpu_few.usable(x, weight, x.numel() // max(x.shape[-1], 1)) else F.linear
-    return backend(x, weight)
+def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+    """x [..., in], weight [out, in] -> x W^T [..., out]. ``wide``: multiplied and returned in float32, whatever the two
+    are stored in."""
+    if wide and x.dtype != weight.dtype:
+        x, weight = x.float(), weight.float()
+    if _cpu_linear.usable(x, weight):
+        return _cpu_linear.linear(x, weight, wide)
+    return F.linear(x.float(), weight.float()) if wide else F.linear(x, weight)
+
+
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., G, in], weight [G, out, in] -> [..., G, out]: every group through its own matrix."""
+    if _cpu_linear.usable(x, weight):
+        return _cpu_linear.grouped_linear(x, weight)
+    rows = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
+    return torch.bmm(rows, weight.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
 def routed_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float
 ) -> Tensor:
     """Every token through its own experts; `reference.routed_experts` is the specification."""
-    backend = _cpu_few if _cpu_few.usable(x, w1, x.shape[0]) else reference
+    backend = _cpu_linear if _cpu_linear.plain(x, w1, w2, w3) else reference
     return backend.routed_experts(x, experts, weights, w1, w2, w3, limit)
+
+
+def fused_attention(q: Tensor) -> bool:
+    """Whether `choose` and `attend` can serve these queries: inference on a CPU with a compiler. Elsewhere
+    `joint_attention` with masks does the same."""
+    return _cpu_attend.usable(q)
+
+
+def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The lightning indexer's choice (eqs. 16-17): of the entries low <= e < high the k with the largest
+    sum_h w_h ReLU(q_h . key_e), the lowest index first among equals.
+
+    q [B, T, H, dim], weights float32 [B, T, H], keys [B, E, dim], low and high int64 [B, T] -> int32 [B, T, k],
+    ascending, and how many of them count, int32 [B, T].
+    """
+    return _cpu_attend.choose(q, weights, keys, low, high, k)
+
+
+def attend(
+    q: Tensor, near: Tensor, near_from: Tensor, near_to: Tensor, far: Tensor | None,
+    low: Tensor | None, high: Tensor | None, picked: tuple[Tensor, Tensor] | None, sink: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """One softmax over the rows a query reads and a sink (eq. 27); keys are values.
+
+    q [B, T, H, d]; near [B, N, d], of which a query reads near_from <= r < near_to (int32 [B, T]); far [B, E, d], of
+    which it reads low <= e < high (int64 [B, T]) or those `choose` picked; sink float32 [H]. Returns [B, T, H, d].
+    """
+    return _cpu_attend.attend(q, near, near_from, near_to, far, low, high, picked, sink, scale)

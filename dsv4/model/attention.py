@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import joint_attention, rms_norm, rotate, top_mask
+from dsv4.kernels import attend, choose, fused_attention, grouped_linear, joint_attention, rms_norm, rotate, top_mask
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer, index_loss
 from dsv4.model.layers import Linear, Norm
@@ -61,15 +61,48 @@ class Attention(nn.Module):
         q = self.wq_b(latent).unflatten(-1, (-1, self.config.head_dim))
         q = rotate(rms_norm(q, None, self.config.rms_norm_eps), angles.unsqueeze(-2))
         kv = rotate(self.kv_norm(self.wkv(h)), angles)  # one head: keys and values are the same rows
-        o = self._attend(q, kv, h, latent, plan, memory, trace)
+        if trace is None and fused_attention(q):
+            o = self._read(q, kv, h, latent, plan, memory)
+        else:
+            o = self._attend(q, kv, h, latent, plan, memory, trace)
         return self._project(rotate(o, angles.conj().unsqueeze(-2)))
 
     def _project(self, o: Tensor) -> Tensor:
         """Grouped output projection (report 2.3.1): consecutive heads form a group. [B, T, H, d] -> [B, T, D]."""
-        groups = self.config.o_groups
-        grouped = o.reshape(-1, groups, o.shape[2] // groups * o.shape[3]).transpose(0, 1)
-        low = torch.bmm(grouped, self.wo_a.weight.view(groups, self.config.o_lora_rank, -1).mT)
-        return self.wo_b(low.transpose(0, 1).reshape(*o.shape[:2], -1))
+        groups, rank = self.config.o_groups, self.config.o_lora_rank
+        low = grouped_linear(o.reshape(*o.shape[:2], groups, -1), self.wo_a.weight.view(groups, rank, -1))
+        return self.wo_b(low.flatten(-2))
+
+    def _read(self, q: Tensor, kv: Tensor, h: Tensor, latent: Tensor, plan: Plan, memory: LayerState | None) -> Tensor:
+        """The core of inference: every query reads its own rows, and no array grows with tokens x entries."""
+        layer, far, low, high, picked = self.layer, None, None, None, None
+        if layer.compress_ratio:
+            entries = plan.entries[layer.compress_ratio]
+            far, low, high = self.compressor(h, plan, memory.kv if memory else None), entries.low, entries.high
+            if layer.indexer:
+                keys = self.indexer.keys(h, plan, memory.index if memory else None)
+                if entries.count > self.config.index_topk:  # otherwise every visible entry is read
+                    queries = self.indexer.queries(h, latent, plan.angles[layer.rope])
+                    picked = choose(*queries, keys, low, high, self.config.index_topk)
+        reach = plan.reach.int()
+        ring = memory is not None and q.shape[1] == 1 and plan.valid is None  # decoding: the ring is read where it lies
+        near = self._window(kv, plan, memory, ring)
+        last = reach if ring else torch.arange(layer.window, near.shape[1], dtype=torch.int32, device=q.device)
+        out = attend(
+            q,
+            near,
+            last - reach,
+            (last + 1).expand_as(reach),
+            far,
+            low,
+            high,
+            picked,
+            self.attn_sink,
+            q.shape[-1] ** -0.5,
+        )
+        if memory is not None and not ring:
+            memory.window.write(kv, plan)
+        return out
 
     def _attend(
         self,

@@ -30,8 +30,8 @@ class Compressor(nn.Module):
     def forward(self, h: Tensor, plan: Plan, memory: Compression | None) -> Tensor:
         """h [B, T, D] -> every entry of the sequences so far [B, count, dim], rotated to each entry's first token."""
         entries = plan.entries[self.ratio]
-        kv = linear(h.float(), self.wkv.weight.float())
-        gate = linear(h.float(), self.wgate.weight.float()) + self.ape[plan.position % self.ratio]
+        kv = linear(h, self.wkv.weight, wide=True)
+        gate = linear(h, self.wgate.weight, wide=True) + self.ape[plan.position % self.ratio]
         # Per half its values and gates side by side: [kv A, gate A, kv B, gate B], or [kv, gate] without overlap.
         new = torch.cat([half for pair in zip(kv.split(self.dim, -1), gate.split(self.dim, -1)) for half in pair], -1)
         if memory is None:

@@ -1,4 +1,8 @@
-"""Which tensors stay float32 whatever the model's dtype (model card B.9). The only such list."""
+"""Which tensors stay float32 whatever the model's dtype (model card B.9). The only such list.
+
+Head, router and compressor projections are released in bf16 and multiplied in float32: they are stored in the model's
+dtype and go through `kernels.linear(..., wide=True)`, whose products of bf16 values are exact.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,13 @@ import re
 import torch
 
 _FLOAT32 = re.compile(
-    r"(^|\.)(hc_\w+|attn_sink|ape|bias|gate\.weight|head\.weight)$"
+    r"(^|\.)(hc_\w+|attn_sink|ape|bias)$"
     r"|norm\.weight$"  # attn_norm, ffn_norm, q_norm, kv_norm, compressor norms, enorm, hnorm, norm
-    r"|compressor\.(wkv|wgate)\.weight$"
 )
 
 
 def is_float32(name: str) -> bool:
-    """True for a parameter the release keeps or uses in float32: norms, mHC, sinks, ape, router, compressors, head."""
+    """True for a parameter the release keeps in float32: norms, mHC, sinks, ape, router bias."""
     return _FLOAT32.search(name) is not None
 
 

@@ -36,7 +36,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, D], ids int64 [N] -> experts int64 [N, K], weights float32 [N, K], scores float32 [N, E]."""
-        scores = F.softplus(linear(x.float(), self.weight.float())).sqrt()
+        scores = F.softplus(linear(x, self.weight, wide=True)).sqrt()
         if self.layer.router == "hash":
             experts = self.tid2eid[ids]
         else:  # a stable sort breaks ties towards the lowest index

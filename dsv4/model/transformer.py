@@ -82,7 +82,7 @@ class Transformer(Site):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> float32 [..., vocab_size]; the head multiplies in float32 (model card B.9)."""
-        return linear(hidden.float(), self.head.weight.float())
+        return linear(hidden, self.head.weight, wide=True)
 
     def new_state(self, batch: int = 1) -> State:
         """The empty memory of ``batch`` sequences."""

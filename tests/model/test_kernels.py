@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4 import kernels
 from dsv4.kernels import reference
-from dsv4.kernels.cpu import attention, few, hyper_connections, library, rope
+from dsv4.kernels.cpu import attend, attention, hyper_connections, library, linear, rope
 
 needs_library = pytest.mark.skipif(library.library() is None, reason="no C++ compiler here: only the reference runs")
 
@@ -79,20 +79,128 @@ def test_norm_and_rotation(rows: int, heads: int, shape: tuple[int, int]) -> Non
     assert torch.allclose(kernels.rotate(kernels.rotate(x, angles), angles.conj()), x, atol=1e-5)
 
 
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def near(ours: Tensor, wanted: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
+    """Within 1e-6 of the largest float64 value, or so many roundings of it to bf16."""
+    bound = 1e-6 if dtype == torch.float32 else roundings * 2**-8
+    error = (ours.double() - wanted).abs().max()
+    assert error <= bound * wanted.abs().max().clamp(min=1), (error, wanted.abs().max())
+
+
 @needs_library
 @torch.no_grad()
-@given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 90))
-def test_few_rows(rows: int, inner: int, width: int) -> None:
-    x, w1, w2, w3 = (
-        normal(*s, seed=i)
-        for i, s in enumerate([(rows, width), *[(3, inner, width), (3, width, inner)], (3, inner, width)])
-    )
-    assert torch.allclose(few.linear(x, w1[0]), x @ w1[0].T, atol=1e-4)
-    experts = torch.tensor([[0, 2]] * rows)
-    weights = torch.rand(rows, 2)
-    ours = few.routed_experts(x, experts, weights, w1, w2, w3, 0.7)
-    wanted = reference.routed_experts(x, experts, weights, w1, w2, w3, 0.7)
-    assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
+@given(st.integers(1, 150), st.integers(1, 3), st.integers(1, 70), st.integers(1, 90), DTYPES, st.booleans())
+def test_linear(rows: int, groups: int, out: int, width: int, dtype: torch.dtype, wide: bool) -> None:
+    """Odd sizes, one row and many; ``wide`` keeps float32 where bf16 would round."""
+    x, w = normal(rows, groups, width).to(dtype), (normal(groups, out, width, seed=1) * width**-0.5).to(dtype)
+    y = linear.grouped_linear(x, w, wide)
+    assert y.dtype == (torch.float32 if wide else dtype)
+    near(y, torch.einsum("mgk,gnk->mgn", x.double(), w.double()), torch.float32 if wide else dtype)
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 90), st.integers(1, 70), st.integers(1, 90), st.integers(1, 6), DTYPES)
+def test_experts(rows: int, inner: int, width: int, experts: int, dtype: torch.dtype) -> None:
+    """Some experts get many rows, some none."""
+    shapes = [(rows, width), (experts, inner, width), (experts, width, inner), (experts, inner, width)]
+    x, w1, w2, w3 = ((normal(*s, seed=i) * s[-1] ** -0.5).to(dtype) for i, s in enumerate(shapes))
+    generator = torch.Generator().manual_seed(rows)
+    chosen = torch.rand(rows, experts, generator=generator).argsort(1)[:, : min(2, experts)]
+    weights = torch.rand(chosen.shape, generator=generator)
+    ours = linear.routed_experts(x, chosen, weights, w1, w2, w3, 0.3)
+    wide = [t.double() for t in (x, w1, w2, w3)]
+    near(ours, reference.routed_experts(wide[0], chosen, weights.double(), *wide[1:], 0.3), dtype)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_know_its_batch(dtype: torch.dtype) -> None:
+    """The same bits alone, in any batch, and with any number of threads."""
+    x, w = normal(130, 300).to(dtype), normal(70, 300, seed=1).to(dtype)
+    experts = [normal(*s, seed=i).to(dtype) for i, s in enumerate([(5, 40, 300), (5, 300, 40), (5, 40, 300)])]
+    chosen = torch.rand(130, 5, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :3]
+    weights = chosen.float() + 0.5
+
+    def run(part: slice) -> tuple[Tensor, Tensor]:
+        return linear.linear(x[part], w), linear.routed_experts(x[part], chosen[part], weights[part], *experts, 7.0)
+
+    whole, threads = run(slice(None)), torch.get_num_threads()
+    try:
+        for count, size in ((1, 1), (2, 3), (2, 7), (1, 64), (3, 130)):
+            torch.set_num_threads(count)
+            for start in range(0, 130, size):
+                part = slice(start, start + size)
+                assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def spread(tokens: int, entries: int) -> tuple[Tensor, Tensor]:
+    """low and high int64 [2, T] of ranges that grow, as visibility does; some are empty."""
+    high = torch.stack([torch.linspace(0, entries, tokens).long(), torch.full((tokens,), entries)])
+    return high // 3, high
+
+
+@needs_library
+@torch.no_grad()
+@given(
+    st.integers(1, 20), st.integers(1, 70), st.integers(1, 11), st.sampled_from([2, 6, 64]), st.integers(1, 30), DTYPES
+)
+def test_choice(tokens: int, entries: int, heads: int, dim: int, k: int, dtype: torch.dtype) -> None:
+    """Against a stable sort of float64 scores; small whole numbers, so that ties are plenty and exact."""
+    generator = torch.Generator().manual_seed(tokens * entries)
+    q = torch.randint(-2, 3, (2, tokens, heads, dim), generator=generator).to(dtype)
+    keys = torch.randint(-2, 3, (2, entries + 5, dim), generator=generator).to(dtype)[
+        :, :entries
+    ]  # as a history's view
+    weights = torch.randint(-1, 3, (2, tokens, heads), generator=generator).float()
+    low, high = spread(tokens, entries)
+    chosen, count = attend.choose(q, weights, keys, low, high, k)
+    dots = torch.einsum("bthd,bed->bthe", q.double(), keys.double()).relu()
+    scores = torch.einsum("bth,bthe->bte", weights.double(), dots)
+    for b in range(2):
+        for t in range(tokens):
+            seen = scores[b, t, low[b, t] : high[b, t]]
+            best = seen.sort(descending=True, stable=True).indices[:k].sort().values + low[b, t]
+            assert chosen[b, t, : count[b, t]].tolist() == best.tolist()
+
+
+@needs_library
+@torch.no_grad()
+@given(
+    st.integers(1, 20),
+    st.integers(0, 70),
+    st.integers(1, 11),
+    st.sampled_from([2, 6, 64, 96]),
+    st.integers(0, 30),
+    DTYPES,
+)
+def test_attention(tokens: int, entries: int, heads: int, dim: int, k: int, dtype: torch.dtype) -> None:
+    """Window rows, entries (all or chosen) and the sink, against a float64 softmax over exactly those rows."""
+    q, near_rows = normal(2, tokens, heads, dim).to(dtype), normal(2, tokens + 9, dim, seed=1).to(dtype)
+    far, sink = normal(2, entries + 5, dim, seed=2).to(dtype)[:, :entries], normal(heads, seed=3).detach()
+    to = torch.arange(9, tokens + 9, dtype=torch.int32).expand(2, -1)
+    start = (to - torch.tensor([[9], [3]], dtype=torch.int32)).clamp(min=0)
+    low, high = spread(tokens, entries)
+    picked = None
+    if k:
+        weights = torch.rand(2, tokens, heads, generator=torch.Generator().manual_seed(0))
+        picked = attend.choose(q, weights, far, low, high, k) if entries else None
+    out = attend.attend(q, near_rows, start, to, far if entries else None, low, high, picked, sink, 0.4)
+    for b in range(2):
+        for t in range(tokens):
+            rows = [near_rows[b, start[b, t] : to[b, t]]]
+            if picked is not None:
+                rows.append(far[b, picked[0][b, t, : picked[1][b, t]].long()])
+            else:
+                rows.append(far[b, low[b, t] : high[b, t]])
+            seen = torch.cat(rows).double()
+            logits = torch.cat((q[b, t].double() @ seen.T * 0.4, sink[:, None].double()), 1)
+            near(out[b, t], torch.softmax(logits, 1)[:, :-1] @ seen, dtype, roundings=2)
 
 
 @needs_library

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dsv4.model.attention as attention
 from dsv4.config import Config
+from dsv4.kernels.cpu.library import library
 from dsv4.model import State, Transformer
 from tests.parity.configs import tiny
 from tests.parity.peer import randomise
@@ -164,11 +165,41 @@ def test_attention_cost_follows_window_and_top_k(monkeypatch: pytest.MonkeyPatch
         seen.append(near.shape[1] + (0 if far is None else far.shape[1]))
         return real(q, near, near_mask, far, *rest)  # type: ignore[arg-type]
 
+    def run() -> None:
+        state = model.new_state()
+        model(tokens(1, 300), state)
+        model(tokens(1, 1), state)
+
     monkeypatch.setattr(attention, "joint_attention", watch)
-    state = model.new_state()
-    model(tokens(1, 300), state)
-    model(tokens(1, 1), state)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "fused_attention", lambda q: False)
+        run()
     assert max(seen) <= 16 + 8 + 2 * 4
+    if library() is not None:  # the C++ kernel reads exactly window + top-k rows
+        fused, read = attention.attend, []
+
+        def count(q: Tensor, near: Tensor, start: Tensor, to: Tensor, *rest: object) -> object:
+            picked = rest[3]
+            read.append(int((to - start).max()) + (int(picked[1].max()) if isinstance(picked, tuple) else 0))
+            return fused(q, near, start, to, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(attention, "attend", count)
+        run()
+        assert max(read) == 16 + 4
+
+
+@torch.no_grad()
+def test_the_fused_path_is_the_masked_one(monkeypatch: pytest.MonkeyPatch, small: Transformer) -> None:
+    """Ragged prefill and decoding, through the C++ kernels and through plain torch with masks."""
+
+    def run() -> Tensor:
+        state = small.new_state(2)
+        parts = [small(tokens(2, 90), state, [90, 41])[:, -1]] + [small(tokens(2, 1, seed=i), state) for i in range(9)]
+        return torch.cat([part.flatten(0, -2) for part in parts])
+
+    fused = run()
+    monkeypatch.setattr(attention, "fused_attention", lambda q: False)
+    assert (run() - fused).abs().max() < TOLERANCE
 
 
 def test_wrong_calls_say_the_numbers(small: Transformer) -> None:

@@ -20,6 +20,7 @@ import dsv4.model.indexer as indexer
 import dsv4.model.moe as moe
 import dsv4.model.plan as plan
 from dsv4.kernels import reference
+from dsv4.kernels.cpu.library import library
 from dsv4.kernels.reference.hyper_connections import collapse, stream_logits
 from dsv4.model import Transformer
 from dsv4.model.rope import frequencies
@@ -226,19 +227,46 @@ def joint_with(change: Callable[[dict], dict]) -> Callable:
     return joint
 
 
+def masked(p: Patch, joint: Callable[..., object] = attention.joint_attention) -> None:
+    """The path of training and of machines without a compiler."""
+    p.setattr(attention, "fused_attention", lambda q: False)
+    p.setattr(attention, "joint_attention", joint)
+
+
+def fused_with(name: str, change: Callable[[list], list]) -> Callable[[Patch, Transformer], None]:
+    """The C++ path of inference, `choose` or `attend` with changed arguments."""
+
+    def apply(p: Patch, _: Transformer) -> None:
+        real = getattr(attention, name)
+        if library() is None:
+            pytest.skip("no C++ compiler here")
+        p.setattr(attention, name, lambda *args: real(*change(list(args))))
+
+    return apply
+
+
+# attend(q, near, near_from, near_to, far, low, high, picked, sink, scale), choose(q, weights, keys, low, high, k)
+MUTANTS["fused_no_sink"] = fused_with("attend", lambda a: [*a[:8], torch.full_like(a[8], -1e9), a[9]])
+MUTANTS["fused_window_of_one_less"] = fused_with("attend", lambda a: [*a[:2], torch.minimum(a[2] + 1, a[3]), *a[3:]])
+MUTANTS["fused_dense_instead_of_top_k"] = fused_with("attend", lambda a: [*a[:7], None, *a[8:]])
+MUTANTS["fused_index_weights_are_positive"] = fused_with("choose", lambda a: [a[0], F.softplus(a[1]), *a[2:]])
+MUTANTS["fused_indexer_takes_the_lowest"] = fused_with("choose", lambda a: [a[0], -a[1], *a[2:]])
+MUTANTS["fused_one_entry_less"] = fused_with("choose", lambda a: [*a[:4], (a[4] - 1).clamp(min=0), a[5]])
+
+
 @mutant
 def no_sink(p: Patch, _: Transformer) -> None:
-    p.setattr(attention, "joint_attention", joint_with(lambda a: a | {"sink": torch.full_like(a["sink"], -1e9)}))
+    masked(p, joint_with(lambda a: a | {"sink": torch.full_like(a["sink"], -1e9)}))
 
 
 @mutant
 def one_sink_for_all_heads(p: Patch, _: Transformer) -> None:
-    p.setattr(attention, "joint_attention", joint_with(lambda a: a | {"sink": a["sink"].mean().expand_as(a["sink"])}))
+    masked(p, joint_with(lambda a: a | {"sink": a["sink"].mean().expand_as(a["sink"])}))
 
 
 @mutant
 def scores_are_scaled_twice(p: Patch, _: Transformer) -> None:
-    p.setattr(attention, "joint_attention", joint_with(lambda a: a | {"scale": a["scale"] ** 2}))
+    masked(p, joint_with(lambda a: a | {"scale": a["scale"] ** 2}))
 
 
 @mutant
@@ -278,7 +306,7 @@ def compressed_layers_have_no_window(p: Patch, _: Transformer) -> None:
         own[:, torch.arange(t), 16 + torch.arange(t) % block] = True
         return a | {"near_mask": a["near_mask"] & own}
 
-    p.setattr(attention, "joint_attention", joint_with(change))
+    masked(p, joint_with(change))
 
 
 @mutant
@@ -363,23 +391,27 @@ def no_position_bias_in_the_gates(p: Patch, model: Transformer) -> None:
 
 @mutant
 def index_weights_are_positive(p: Patch, _: Transformer) -> None:
+    masked(p)
     real = indexer.Indexer.score
     p.setattr(indexer.Indexer, "score", staticmethod(lambda q, w, k: real(q, F.softplus(w), k)))
 
 
 @mutant
 def index_scores_without_relu(p: Patch, _: Transformer) -> None:
+    masked(p)
     p.setattr(indexer.Indexer, "score", staticmethod(lambda q, w, k: torch.einsum("bthd,bed,bth->bte", q, k, w)))
 
 
 @mutant
 def indexer_takes_the_lowest(p: Patch, _: Transformer) -> None:
+    masked(p)
     real = indexer.Indexer.score
     p.setattr(indexer.Indexer, "score", staticmethod(lambda q, w, k: -real(q, w, k)))
 
 
 @mutant
-def dense_instead_of_top_k(p: Patch, model: Transformer) -> None:
+def dense_instead_of_top_k(p: Patch, _: Transformer) -> None:
+    masked(p)
     p.setattr(attention.Attention, "_select", lambda self, far, visible, scores: (far, visible, scores))
 
 
