@@ -45,7 +45,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])\.weight")
 
 def to_official(name: str) -> str:
     """Any dialect -> official. ``experts.gate_up_proj`` and ``.down_proj`` stay stacked: see `pieces`."""
-    name = "." + name.removeprefix("model.")
+    name = "." + name.removeprefix("model.").replace(".weight_scale_inv", ".scale")
     for official, foreign in reversed(_NAMES):
         name = name.replace(foreign, official)
     # save_pretrained inverts its rename of the compressors' norms on the attention's too.

@@ -6,7 +6,10 @@ by shard, and a library call per shard would need the whole shard in memory to w
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,9 +19,10 @@ from typing import BinaryIO
 import torch
 
 from dsv4.checkpoint.inventory import BYTES, TensorSpec
+from dsv4.checkpoint.layouts import Index, piece_shape
 
 INDEX = "model.safetensors.index.json"
-TORCH = {
+PLAIN = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -26,6 +30,8 @@ TORCH = {
     "I64": torch.int64,
 }
 """Dtypes of unquantised tensors."""
+TORCH = PLAIN | dict.fromkeys(("I8", "U8", "F8_E4M3", "F8_E8M0"), torch.uint8)
+"""Quantised elements and scales travel as raw bytes."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,18 @@ def read_header(file: Path) -> list[Stored]:
     return found
 
 
-def read_tensor(spec: Stored, stream: BinaryIO) -> torch.Tensor:
-    """The tensor that ``spec`` describes, from its open file."""
-    data = bytearray(spec.nbytes)
-    stream.seek(spec.offset)
-    if stream.readinto(data) != spec.nbytes:  # type: ignore[attr-defined]
+def read_tensor(spec: Stored, stream: BinaryIO, index: Index = ()) -> torch.Tensor:
+    """``tensor[index]`` of the tensor that ``spec`` describes, from its open file; reads no other part of it."""
+    shape, begin, whole = piece_shape(spec.shape, index), 0, spec.shape
+    for depth, position in enumerate(index):
+        first = position if isinstance(position, int) else range(whole[depth])[position].start
+        begin += first * math.prod(whole[depth + 1 :])
+    width = spec.nbytes // max(spec.numel, 1)
+    data = bytearray(math.prod(shape) * width)
+    stream.seek(spec.offset + begin * width)
+    if stream.readinto(data) != len(data):  # type: ignore[attr-defined]
         raise ValueError(f"{spec.file} was truncated while it was read, at {spec.name}")
-    return torch.frombuffer(data, dtype=TORCH[spec.dtype]).reshape(spec.shape)
+    return torch.frombuffer(data, dtype=TORCH[spec.dtype]).reshape(shape)
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -111,47 +122,83 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-Source = tuple[TensorSpec, Callable[[], torch.Tensor]]
+@dataclass(frozen=True)
+class Source:
+    """A tensor to be written: ``parts`` makes its data, in pieces of any shape that follow each other."""
+
+    spec: TensorSpec
+    parts: Callable[[], Iterable[torch.Tensor]]
 
 
-def write_shards(folder: Path, sources: list[Source], max_bytes: int) -> None:
-    """Writes tensors, made one at a time, into numbered shards of at most ``max_bytes`` of data each, and their index.
-
-    A tensor larger than ``max_bytes`` gets a shard of its own.
-    """
+def shards_of_size(sources: list[Source], max_bytes: int) -> list[list[Source]]:
+    """Shards of at most ``max_bytes`` of data each; a larger tensor gets one of its own."""
     shards: list[list[Source]] = [[]]
     room = max_bytes
     for source in sources:
-        size = source[0].nbytes
+        size = source.spec.nbytes
         if shards[-1] and size > room:
             shards.append([])
             room = max_bytes
         shards[-1].append(source)
         room -= size
-    weight_map: dict[str, str] = {}
+    return shards
+
+
+_LAYER = re.compile(r"((?:layers|mtp)\.\d+|embed)\.")
+
+
+def shards_by_layer(sources: list[Source]) -> list[list[Source]]:
+    """Shards as the releases have them: the embedding, every block, what follows the blocks."""
+    groups = itertools.groupby(sources, lambda source: match[1] if (match := _LAYER.match(source.spec.name)) else "")
+    return [list(group) for _, group in groups]
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_shards(folder: Path, shards: list[list[Source]]) -> None:
+    """Writes numbered shards, tensor by tensor, and their index."""
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard)
-        weight_map |= {spec.name: name for spec, _ in shard}
-    total = sum(spec.nbytes for spec, _ in sources)
+        write_shard(folder / shard_name(number, len(shards)), shard)
+    write_index(folder, shards)
+
+
+def write_index(folder: Path, shards: list[list[Source]]) -> None:
+    weight_map = {
+        source.spec.name: shard_name(number, len(shards)) for number, shard in enumerate(shards, 1) for source in shard
+    }
+    total = sum(source.spec.nbytes for shard in shards for source in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(file: Path, shard: list[Source]) -> None:
+def write_shard(file: Path, shard: list[Source], wrote: Callable[[int], None] = lambda size: None) -> None:
+    """Writes one safetensors file; ``wrote`` hears of every piece's bytes. An error names tensor and file."""
     # Widest elements first: every tensor is then aligned to its own element size, as readers that map the file need.
-    shard = sorted(shard, key=lambda source: (-BYTES[source[0].dtype], source[0].name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for spec, _ in shard:
-        header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [end, end + spec.nbytes]}
-        end += spec.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    shard = sorted(shard, key=lambda source: (-BYTES[source.spec.dtype], source.spec.name))
+    raw = header(shard)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
-        for spec, make in shard:
-            tensor = make()
-            assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
-            data = tensor.detach().to("cpu", TORCH[spec.dtype]).contiguous()
-            stream.write(data.view(torch.uint8).numpy().data)
+        for source in shard:
+            spec, size = source.spec, 0
+            for part in source.parts():
+                data = part.detach().to("cpu", TORCH[spec.dtype]).contiguous().view(-1).view(torch.uint8).numpy().data
+                try:
+                    stream.write(data)
+                except OSError as error:
+                    raise OSError(error.errno, f"{error.strerror} at {spec.name} in {file}") from error
+                wrote(data.nbytes)
+                size += data.nbytes
+            assert size == spec.nbytes, (spec, size)
+
+
+def header(shard: list[Source]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for source in shard:
+        spec = source.spec
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % 8)

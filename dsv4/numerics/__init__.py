@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4.numerics.blocks import dequantise, quantise, rounded, scale_values
-from dsv4.numerics.formats import ACTIVATION, FP4, FP8, FP8_BASE, INDEX_ROW, KV_ROW, RELEASES, Format
+from dsv4.numerics.formats import ACTIVATION, FP4, FP8, FP8_BASE, INDEX_ROW, KV_ROW, RELEASES, STORED, Format
 from dsv4.numerics.packed import Packed, Stack, packed_experts, packed_linear
 from dsv4.numerics.recast import Recast, recast
 from dsv4.numerics.rows import hadamard, index_row, kv_row, pack_index, pack_kv, unpack_index, unpack_kv
@@ -17,6 +17,7 @@ __all__ = [
     "INDEX_ROW",
     "KV_ROW",
     "RELEASES",
+    "STORED",
     "Format",
     "Packed",
     "Recast",

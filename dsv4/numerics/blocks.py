@@ -69,19 +69,24 @@ def dequantise(elements: Tensor, scale: Tensor, form: Format, dtype: torch.dtype
     ValueError for NaN scales, NaN elements, or scales of the wrong shape. (In bfloat16 an FP8 element under a scale
     below 2^-117 may fall below its smallest number.)
     """
+    values = check(elements, scale, form)
     elements = elements.view(torch.uint8)
-    shape = (*elements.shape[:-1], elements.shape[-1] * form.per_byte)
-    if tuple(scale.shape) != form.scales(shape):
-        raise ValueError(f"scales of shape {list(scale.shape)}, expected {list(form.scales(shape))}")
-    values = scale_values(scale)
     if form.per_byte == 2:
-        table = _PAIRS.to(elements.device, dtype)
-        out = table[elements.int()].view(shape)
+        out = _PAIRS.to(elements.device, dtype)[elements.int()].flatten(-2)
     else:
-        if bool((elements & 127 == 127).any()):
-            raise ValueError(f"{int((elements & 127 == 127).sum())} of {elements.numel()} elements are NaN")
         out = elements.view(torch.float8_e4m3fn).to(dtype)
     return _times(out, values.to(dtype), form)
+
+
+def check(elements: Tensor, scale: Tensor, form: Format) -> Tensor:
+    """Float32 scales of sound ``elements``. ValueError for NaN scales, NaN elements or scales of the wrong shape."""
+    elements = elements.view(torch.uint8)
+    expected = form.scales((*elements.shape[:-1], elements.shape[-1] * form.per_byte))
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"scales of shape {list(scale.shape)}, expected {list(expected)}")
+    if form.per_byte == 1 and (wrong := int((elements & 127 == 127).sum())):
+        raise ValueError(f"{wrong} of {elements.numel()} elements are NaN")
+    return scale_values(scale)
 
 
 def rounded(x: Tensor, form: Format) -> Tensor:

@@ -48,6 +48,9 @@ RELEASES: dict[str | None, dict[str, Format]] = {
 }
 """expert_dtype of a release -> tensor class (`dsv4.model.costs.Kind`) -> format. Other classes are not quantised."""
 
+STORED = {("I8", "F8_E8M0"): FP4, ("F8_E4M3", "F8_E8M0"): FP8, ("F8_E4M3", "F32"): FP8_BASE}
+"""(dtype of the elements, dtype of the scales) in a file -> format."""
+
 # At run time (model card B.8): inputs of quantised linears, cache rows (their channels without position), index rows.
 ACTIVATION = Format("F8_E4M3", 1, (1, 128), "F8_E8M0", _E4M3, 1e-4)
 KV_ROW = Format("F8_E4M3", 1, (1, 64), "F8_E8M0", _E4M3, 1e-4)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv4.numerics.blocks import dequantise, rounded
+from dsv4.numerics.blocks import check, dequantise, rounded
 from dsv4.numerics.formats import ACTIVATION, Format
 
 
@@ -38,6 +38,11 @@ class Packed(nn.Module):
 
     def __getitem__(self, expert: int) -> Packed:
         return Packed(self.elements[expert], self.scale[expert], self.form)
+
+    def check(self) -> Packed:
+        """ValueError for NaN scales, NaN elements or scales of the wrong shape."""
+        check(self.elements, self.scale, self.form)
+        return self
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The exact values [.., out, in]."""

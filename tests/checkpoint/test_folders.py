@@ -143,8 +143,10 @@ def test_bad_arguments(tiny: Transformer, tmp_path: Path) -> None:
         dsv4.save(tiny, tmp_path / "m", dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_shard_bytes must be at least 1, got 0"):
         dsv4.save(tiny, tmp_path / "m", max_shard_bytes=0)
-    with pytest.raises(ValueError, match="got 'native'"):
-        dsv4.load(tmp_path / "m", dtype="native")
+    with pytest.raises(ValueError, match="got 'int8'"):
+        dsv4.load(tmp_path / "m", dtype="int8")
+    with pytest.raises(ValueError, match="expert_memory needs dtype 'native'"):
+        dsv4.load(tmp_path / "m", expert_memory="8GiB")
     assert not list(tmp_path.iterdir())
 
 

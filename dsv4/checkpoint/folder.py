@@ -1,0 +1,168 @@
+"""A model folder opened for reading, in any layout and number format: official names, one tensor at a time.
+
+Every name, shape and dtype is checked from the files' headers before the first byte of data is read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+
+from dsv4.checkpoint.inventory import UNQUANTISED, scale_name
+from dsv4.checkpoint.layouts import Index, piece_shape, pieces
+from dsv4.checkpoint.shards import PLAIN, Stored, listed, read_headers, read_tensor
+from dsv4.config import Config
+from dsv4.model.costs import tensors
+from dsv4.numerics import STORED, Format, Packed
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is stored; for a quantised one also its scales and format."""
+
+    stored: Stored
+    index: Index = ()
+    scale: Stored | None = None
+    form: Format | None = None
+
+
+class Folder:
+    """``with Folder(path) as folder: folder.read("layers.0.attn.wq_a.weight")``. ValueError names what is missing,
+    extra, misshapen, corrupt or not of this model."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = Config.load(self.path)
+        self.places = _places(self.path, read_headers(self.path))
+        self.config = _match(self.path, self.config, self.places)
+        self._open: dict[Path, BinaryIO] = {}
+
+    @property
+    def quantised(self) -> bool:
+        return any(place.form for place in self.places.values())
+
+    def read(self, name: str) -> torch.Tensor | Packed:
+        """A tensor as it is stored: float or int64, or `Packed` with its scales checked."""
+        place = self.places[name]
+        data = self._tensor(place.stored, place.index)
+        if place.form is None or place.scale is None:
+            return data
+        packed = Packed(data, self._tensor(place.scale), place.form)
+        with self._blame(name):
+            packed.check()
+        return packed
+
+    def values(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The exact values; quantised ones in ``dtype``, others as stored."""
+        data = self.read(name)
+        return data if isinstance(data, torch.Tensor) else data.dequantise(dtype)
+
+    @contextmanager
+    def _blame(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.places[name].stored.file}: {name}: {error}") from None
+
+    def in_file_order(self) -> list[str]:
+        """Every name, in the order in which a disk reads fastest."""
+        return sorted(self.places, key=lambda n: (self.places[n].stored.file, self.places[n].stored.offset))
+
+    def _tensor(self, spec: Stored, index: Index = ()) -> torch.Tensor:
+        if spec.file not in self._open:
+            self._open[spec.file] = spec.file.open("rb")
+        return read_tensor(spec, self._open[spec.file], index)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stream in self._open.values():
+            stream.close()
+        self._open.clear()
+
+
+def _places(folder: Path, stored: dict[str, Stored]) -> dict[str, Place]:
+    """Official name -> where it is stored; scales still under their own names."""
+    places: dict[str, Place] = {}
+    for spec in stored.values():
+        for name, index in pieces(spec.name, spec.shape):
+            if name in places:
+                raise ValueError(f"{folder}: {spec.name} and {places[name].stored.name} are both {name}")
+            places[name] = Place(spec, index)
+    return places
+
+
+def _match(folder: Path, config: Config, places: dict[str, Place]) -> Config:
+    """Compares a folder's tensors with what its config needs, joins scales to their tensors and drops from ``places``
+    what is not wanted.
+
+    Returns the config that the tensors really make: without MTP where they are absent, with the experts' format where
+    it was not said. ValueError lists every difference.
+    """
+    mtp = [name for name in places if name.startswith("mtp.")]
+    if config.num_nextn_predict_layers and not mtp:
+        warnings.warn(f"{folder} holds no mtp.* tensors: loaded without its MTP block", stacklevel=4)
+        config = config.replace(
+            num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[: config.num_hidden_layers]
+        )
+    elif mtp and not config.num_nextn_predict_layers:
+        warnings.warn(f"{folder}: its config has no MTP block, {len(mtp)} mtp.* tensors are left out", stacklevel=4)
+        for name in mtp:
+            del places[name]
+    wanted = {tensor.name: tensor for tensor in tensors(config)}
+    missing, wrong, experts = set(wanted.keys() - places.keys()), [], set()
+    for name in wanted.keys() & places.keys():
+        place, tensor = places[name], wanted[name]
+        shape = piece_shape(place.stored.shape, place.index)
+        scale = places.pop(scale_name(name), None) if name.endswith(".weight") else None
+        expected = tensor.shape
+        quantised = scale is not None or place.stored.dtype not in PLAIN
+        if quantised and tensor.kind not in ("expert", "linear"):
+            wrong.append(f"{name} {place.stored.dtype} is never quantised")
+            continue
+        if scale is not None:
+            form = STORED.get((place.stored.dtype, scale.stored.dtype))
+            if form is None:
+                wrong.append(f"{name} {place.stored.dtype} with {scale.stored.name} {scale.stored.dtype}")
+                continue
+            if scale.stored.shape != form.scales(tensor.shape):
+                wrong.append(
+                    f"{scale.stored.name} {list(scale.stored.shape)}, expected {list(form.scales(tensor.shape))}"
+                )
+            places[name] = replace(place, scale=scale.stored, form=form)
+            expected = form.packed(tensor.shape)
+        elif quantised:
+            missing.add(scale_name(name))
+            continue
+        if tensor.kind == "expert":
+            experts.add(place.stored.dtype)
+        is_table = UNQUANTISED[tensor.kind] == "I64"
+        if shape != expected or is_table != (place.stored.dtype == "I64"):
+            wrong.append(f"{name} {list(shape)} {place.stored.dtype}, expected {list(expected)}")
+    extra = places.keys() - wanted.keys()
+    problems = [f"missing tensors: {listed(missing)}"] if missing else []
+    problems += [f"extra tensors: {listed(extra)}"] if extra else []
+    problems += [f"misshapen tensors: {listed(wrong)}"] if wrong else []
+    if problems:
+        raise ValueError(f"{folder} does not fit its config: {'; '.join(problems)}")
+    return _expert_format(folder, config, experts)
+
+
+def _expert_format(folder: Path, config: Config, dtypes: set[str]) -> Config:
+    found = {{"I8": "fp4", "F8_E4M3": "fp8"}.get(dtype) for dtype in dtypes}
+    if len(found) > 1:
+        raise ValueError(f"{folder}: its experts are stored in several formats: {', '.join(sorted(dtypes))}")
+    name = found.pop()
+    if name and config.expert_dtype not in (None, name):
+        raise ValueError(f"{folder}: its config says {config.expert_dtype} experts, they are stored as {name}")
+    return config.replace(expert_dtype=name) if name else config
