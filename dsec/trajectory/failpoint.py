@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import signal
 
-_name, _count = "", 0
+_name, _count, _signal = "", 0, signal.SIGKILL
 
 
 def arm(setting: str) -> None:
-    """Sets the crash point from `name` or `name:nth` (from 1); an empty setting disarms."""
-    global _name, _count
-    name, _, nth = setting.partition(":")
-    _name, _count = name, int(nth or 1)
+    """Sets the crash point from `name`, `name:nth` (from 1) or `name:nth:STOP` (SIGSTOP); an empty setting disarms."""
+    global _name, _count, _signal
+    name, nth, action = (setting.split(":") + ["1", "KILL"][setting.count(":") :])[:3]
+    _name, _count, _signal = name, int(nth), signal.Signals[f"SIG{action}"]
 
 
 def reached(name: str) -> bool:
@@ -29,7 +29,7 @@ def reached(name: str) -> bool:
 
 
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    signal.raise_signal(_signal)  # to this thread: not one instruction more
 
 
 def crash(name: str) -> None:

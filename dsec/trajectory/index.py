@@ -10,7 +10,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from dsec.trajectory.segment import Place, limits, scan
+from dsec.trajectory.segment import LogFull, Place, limits, scan
 
 TABLES = """
 create table if not exists segment (shard text, name text, end integer, primary key (shard, name)) without rowid;
@@ -94,10 +94,13 @@ class Index:
             for frame in found.frames
             if frame.stream
         ]
-        self.database.execute("begin")
-        self.database.executemany("insert or replace into frame values (?, ?, ?, ?, ?, ?, ?)", rows)
-        self.database.execute("insert or replace into segment values (?, ?, ?)", (shard, path.name, found.end))
-        self.database.execute("commit")
+        try:
+            with self.database:
+                self.database.execute("begin")
+                self.database.executemany("insert or replace into frame values (?, ?, ?, ?, ?, ?, ?)", rows)
+                self.database.execute("insert or replace into segment values (?, ?, ?)", (shard, path.name, found.end))
+        except sqlite3.OperationalError as problem:
+            raise LogFull(f"the index of the log could not be written: {problem}") from problem
         return found.end
 
     def _forget(self, shard: str, name: str) -> None:

@@ -251,15 +251,9 @@ class TrajectoryLog(Records):
             found.seen = {shard: end for shard, end in ends.items() if shard in shards}
         return found
 
-    def exists(self, trajectory: str, branch: str) -> bool:
-        return bool(self._live(keys.stream_of(trajectory, branch)) or self._load(trajectory, branch))
-
-    def branch(self, trajectory: str, branch: str = "main") -> Branch:
-        """What the log knows of a branch; NotFound if nothing."""
-        found = self._live(keys.stream_of(trajectory, branch)) or self._load(trajectory, branch)
-        if found is None:
-            raise NotFound(f"the log has no trajectory {trajectory!r} with a branch {branch!r}")
-        return found
+    def find(self, trajectory: str, branch: str = "main") -> Branch | None:
+        """What the log knows of a branch, or None."""
+        return self._live(keys.stream_of(trajectory, branch)) or self._load(trajectory, branch)
 
     # Epochs
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from dsec.errors import Diverged, Fenced, InvalidRequest, OutcomeUnknown, StateLost
 from dsec.trajectory import key as keys
 from dsec.trajectory.failpoint import crash
-from dsec.trajectory.log import Branch, Entry, Snapshot, TrajectoryLog, load
+from dsec.trajectory.log import Branch, Entry, Snapshot, TrajectoryLog
 from dsec.trajectory.segment import Place
 
 Files = Literal["alive", "behind", "lost"]
@@ -75,7 +75,7 @@ class Trajectory:
         self._reexecute = False
         self._rerunning: asyncio.Future[None] | None = None
         self._journal: Callable[[int], Awaitable[Any]] | None = None
-        self._snapshot = (len(branch.entries), time.monotonic())
+        self._snapshot = (branch.snapshots[-1].step if branch.snapshots else 0, time.monotonic())
         self._branch = branch
 
     @property
@@ -194,16 +194,14 @@ class Trajectory:
         _stop(branch, entry)
 
     def snapshot_due(self, every_steps: int = 0, every_seconds: float = 0.0, on_unknown: Unknown = "fail") -> bool:
-        """True when the schedule, or a command that wants to be rolled back, asks for a snapshot now (0: never)."""
-        branch, (step, when) = self._branch, self._snapshot
-        if self.files != "alive" or branch.running or len(branch.entries) == step:
+        """Asked before a command: True when the schedule (0: never) or the wish to roll back calls for a snapshot."""
+        steps, (step, when) = self.steps, self._snapshot
+        if self.files != "alive" or self._branch.running or self.cursor < steps:
             return False
-        steps, seconds = len(branch.entries) - step, time.monotonic() - when
-        return (
-            on_unknown == "restore_then_retry"
-            or (every_steps > 0 and steps >= every_steps)
-            or (every_seconds > 0 and seconds >= every_seconds)
-        )
+        if on_unknown == "restore_then_retry":
+            return not any(snapshot.step == steps for snapshot in self._branch.snapshots[-1:])
+        by_steps = every_steps > 0 and steps - step >= every_steps
+        return steps > step and (by_steps or 0 < every_seconds <= time.monotonic() - when)
 
     async def snapshot(self, marker: Any) -> Snapshot:
         """Records that `marker` (JSON) names the files as they are after all recorded steps; it is durable already."""
@@ -223,7 +221,7 @@ class Trajectory:
         if not 0 <= at <= len(parent.entries) or any(not entry.ended for entry in parent.entries[:at]):
             raise InvalidRequest(f"cannot fork at step {at}: {self.steps} steps, unfinished {self.unfinished}")
         number = len(parent.children) + 1
-        while self.log.exists(parent.trajectory, name := branch or f"{parent.name}.{number}"):
+        while self.log.find(parent.trajectory, name := branch or f"{parent.name}.{number}"):
             if branch:
                 raise InvalidRequest(f"{parent.trajectory!r} already has a branch {branch!r}")
             number += 1
@@ -364,7 +362,7 @@ class Trajectory:
     async def _enter_branch(self, step: int, kind: str, plain: Any) -> None:
         """Moves this handle to the branch that an earlier divergence at this step made, or to a new one."""
         for name, at in self._branch.children:
-            child = load(self.log, self._branch.trajectory, name) if at == step else None
+            child = self.log.find(self._branch.trajectory, name) if at == step else None
             if child and len(child.entries) > step and child.entries[step].key == self._key(child, step, kind, plain):
                 wanted = Branch(child.trajectory, name, self.identity, self.image)
                 handle = await self.log.resume(wanted, None, self.on_divergence)

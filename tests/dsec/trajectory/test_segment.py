@@ -1,4 +1,4 @@
-"""Segments: torn tails at every byte, damage in the middle, failing and full disks, every legal state after a power cut."""
+"""Segments: torn tails at every byte, damage in the middle, failing and full disks, what a power cut may leave."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_missing_segment_is_an_error(tmp_path: Path) -> None:
 
 @given(st.integers(0, 2**32))
 def test_every_state_a_power_cut_may_leave(seed: int) -> None:
-    """Any subset of the sectors of the unsynced group may have reached the disk; what was acknowledged stays, in order."""
+    """Any sectors of the unsynced group may have reached the disk; what was acknowledged stays, in order."""
 
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
