@@ -6,6 +6,7 @@ B rows, T tokens, H heads, d = head_dim, E entries, K = index_topk, W = window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from dsv4.config import Config, Layer
 from dsv4.kernels import attend, choose, fused_attention, grouped_linear, joint_attention, rms_norm, rotate, top_mask
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer, index_loss
-from dsv4.model.layers import Linear, Norm
+from dsv4.model.layers import Linear, Norm, unrounded
 from dsv4.model.plan import Plan
 from dsv4.model.state import LayerState
 
@@ -40,6 +41,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.round: Callable[[Tensor], Tensor] = unrounded  # of KV rows
         heads, d, rank, eps = config.num_attention_heads, config.head_dim, config.q_lora_rank, config.rms_norm_eps
         self.wq_a = Linear(config.hidden_size, rank)
         self.q_norm = Norm(rank, eps)
@@ -60,7 +62,7 @@ class Attention(nn.Module):
         latent = self.q_norm(self.wq_a(h))
         q = self.wq_b(latent).unflatten(-1, (-1, self.config.head_dim))
         q = rotate(rms_norm(q, None, self.config.rms_norm_eps), angles.unsqueeze(-2))
-        kv = rotate(self.kv_norm(self.wkv(h)), angles)  # one head: keys and values are the same rows
+        kv = self.round(rotate(self.kv_norm(self.wkv(h)), angles))  # one head: keys and values are the same rows
         if trace is None and fused_attention(q):
             o = self._read(q, kv, h, latent, plan, memory)
         else:
@@ -69,8 +71,7 @@ class Attention(nn.Module):
 
     def _project(self, o: Tensor) -> Tensor:
         """Grouped output projection (report 2.3.1): consecutive heads form a group. [B, T, H, d] -> [B, T, D]."""
-        groups, rank = self.config.o_groups, self.config.o_lora_rank
-        low = grouped_linear(o.reshape(*o.shape[:2], groups, -1), self.wo_a.weight.view(groups, rank, -1))
+        low = grouped_linear(o.reshape(*o.shape[:2], self.config.o_groups, -1), self.wo_a.weight)
         return self.wo_b(low.flatten(-2))
 
     def _read(self, q: Tensor, kv: Tensor, h: Tensor, latent: Tensor, plan: Plan, memory: LayerState | None) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
 from dsv4.kernels import linear, rotate
-from dsv4.model.layers import Linear, Norm
+from dsv4.model.layers import Linear, Norm, unrounded
 from dsv4.model.plan import Plan
 from dsv4.model.state import Compression
 
@@ -21,6 +23,7 @@ class Compressor(nn.Module):
     def __init__(self, config: Config, layer: Layer, dim: int) -> None:
         super().__init__()
         self.ratio, self.overlap, self.dim = layer.compress_ratio, layer.overlap, dim
+        self.round: Callable[[Tensor], Tensor] = unrounded
         width = 2 * dim if layer.overlap else dim
         self.wkv = Linear(config.hidden_size, width)
         self.wgate = Linear(config.hidden_size, width)
@@ -68,4 +71,4 @@ class Compressor(nn.Module):
             kv = torch.cat((old_kv.masked_fill(early, 0), kv), 2)
             gate = torch.cat((old_gate.masked_fill(early, -torch.inf), gate), 2)
         pooled = (torch.softmax(gate, 2) * kv).sum(2)
-        return rotate(self.norm(pooled.to(dtype)), entries.angles)
+        return self.round(rotate(self.norm(pooled.to(dtype)), entries.angles))

@@ -3,13 +3,15 @@ enter the attention, so it learns from its own loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
 from dsv4.kernels import rotate
 from dsv4.model.compressor import Compressor
-from dsv4.model.layers import Linear
+from dsv4.model.layers import Linear, unrounded
 from dsv4.model.plan import Plan
 from dsv4.model.state import Compression
 
@@ -19,6 +21,7 @@ class Indexer(nn.Module):
 
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__()
+        self.round: Callable[[Tensor], Tensor] = unrounded
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
         self.weights_proj = Linear(config.hidden_size, self.heads)
@@ -33,7 +36,7 @@ class Indexer(nn.Module):
         float32 [B, T, heads]."""
         q = self.wq_b(latent).unflatten(-1, (self.heads, self.dim))
         weights = self.weights_proj(h).float() * (self.dim**-0.5 * self.heads**-0.5)  # raw: may be negative
-        return rotate(q, angles.unsqueeze(-2)), weights
+        return self.round(rotate(q, angles.unsqueeze(-2))), weights
 
     @staticmethod
     def score(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from dsv4.kernels import linear, rms_norm
 
 
+def unrounded(x: Tensor) -> Tensor:
+    """Default of every ``round``: full precision. dtype "native" and quantisation-aware training set others."""
+    return x
+
+
 class Linear(nn.Module):
     """x W^T; weight [out_features, in_features]. V4 has no bias anywhere."""
 

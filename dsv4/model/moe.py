@@ -6,6 +6,8 @@ N tokens, E routed experts, K = num_experts_per_tok, I = moe_intermediate_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from dsv4.config import Config, Layer
 from dsv4.kernels import linear, routed_experts, swiglu
 from dsv4.model.attention import Trace
-from dsv4.model.layers import Linear
+from dsv4.model.layers import Linear, unrounded
 
 
 class Gate(nn.Module):
@@ -80,6 +82,7 @@ class MoE(nn.Module):
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.round: Callable[[Tensor], Tensor] = unrounded  # of expert weights, in quantisation-aware training
         self.gate = Gate(config, layer)
         self.experts = Experts(config)
         self.shared_experts = Expert(config)
@@ -88,8 +91,8 @@ class MoE(nn.Module):
         """h [B, T, D], ids int64 [B, T] -> [B, T, D]."""
         x = h.flatten(0, 1)
         experts, weights, scores = self.gate(x, ids.flatten())
-        e = self.experts
-        routed = routed_experts(x, experts, weights, e.w1, e.w2, e.w3, self.config.swiglu_limit)
+        w1, w2, w3 = (self.round(w) for w in (self.experts.w1, self.experts.w2, self.experts.w3))
+        routed = routed_experts(x, experts, weights, w1, w2, w3, self.config.swiglu_limit)
         if trace is not None and self.layer.router == "learned":
             trace.load.append(torch.bincount(experts.flatten(), minlength=self.config.n_routed_experts))
             trace.balance_losses.append(self._balance(scores, experts, h.shape[0]))
