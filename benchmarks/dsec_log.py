@@ -3,8 +3,8 @@
     python benchmarks/dsec_log.py [--rounds 3] [--folder DIR] [--busy-ok]
 
 Peers in the same run, on the same disk: a file with one fdatasync per record, and SQLite (WAL, synchronous=FULL) with
-one transaction per record. Bars: >= 3,000 durable records/s, >= 20,000 replayed steps/s, a command's overhead at most two
-group commits + 5 %. Rounds alternate; medians are printed, with the load before and after.
+one transaction per record. Bars: >= 3,000 durable records/s, >= 20,000 replayed steps/s, a command's overhead at most
+two group commits + 5 %. Rounds alternate; medians are printed, with the load before and after.
 """
 
 from __future__ import annotations
