@@ -1,0 +1,1 @@
+"""The launch rules: what must hold before any code we do not trust runs (docs/dsec.md lists them)."""

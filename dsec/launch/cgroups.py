@@ -1,0 +1,207 @@
+"""One cgroup per sandbox, joined before anything of the sandbox runs: limits, freezing, killing, counting.
+
+Three hosts exist: v2 alone; v1 with an empty v2 tree beside it ("hybrid", whose v2 half still kills and freezes); and
+none that we may write to (an ordinary user without delegation), where limits fall back to rlimits and PID 1's death.
+A cgroup's name is the number of the sandbox's id range, so making it also claims that range for the whole host.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsec.types import Stats
+
+FIRST_ID, RANGE = 131072, 65536
+"""Host ids of sandbox number n are FIRST_ID + n * RANGE and the RANGE - 1 after it."""
+SLOTS = 30000
+_PARENT = "dsec"
+_V1 = ("memory", "cpu", "cpuacct", "pids")
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Where our cgroups live. `unified` has cgroup.kill and cgroup.freeze; `v1` maps controller to its folder."""
+
+    unified: Path | None
+    v1: dict[str, Path]
+
+    @property
+    def limits(self) -> bool:
+        """Whether memory and processes are really limited."""
+        return "memory" in self.v1 or (self.unified is not None and not self.v1)
+
+
+def detect(root: Path = Path("/sys/fs/cgroup")) -> Hierarchy:
+    """What this process may use; empty when it may not make cgroups."""
+    if (root / "cgroup.controllers").exists():
+        parent = root if os.geteuid() == 0 else root / _own().lstrip("/")
+        return Hierarchy(_prepare(parent), {})
+    v1 = {name: folder for name in _V1 if (folder := _prepare(root / name)) is not None}
+    if "memory" not in v1 or "pids" not in v1:
+        return Hierarchy(None, {})
+    return Hierarchy(_prepare(root / "unified"), v1)
+
+
+def _own() -> str:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            return line[3:]
+    return "/"
+
+
+def _prepare(parent: Path) -> Path | None:
+    """Our folder below `parent`, with the controllers handed down; None when that is not allowed."""
+    folder = parent / _PARENT
+    try:
+        folder.mkdir(exist_ok=True)
+        if (parent / "cgroup.controllers").exists():
+            have = (parent / "cgroup.controllers").read_text().split()
+            wanted = " ".join(f"+{name}" for name in ("memory", "cpu", "pids") if name in have)
+            for each in (parent, folder):
+                if wanted:
+                    (each / "cgroup.subtree_control").write_text(wanted)
+        return folder if os.access(folder, os.W_OK) else None
+    except OSError:
+        return None
+
+
+class Cgroup:
+    """A sandbox's cgroup in every hierarchy that has one."""
+
+    def __init__(self, where: Hierarchy, slot: int) -> None:
+        self.slot = slot
+        self.where = where
+        self.folders = [
+            folder / str(slot) for folder in [*where.v1.values(), *([where.unified] if where.unified else [])]
+        ]
+
+    @classmethod
+    def claim(cls, where: Hierarchy) -> Cgroup:
+        """A new one with a number nobody on this host has."""
+        while True:
+            group = cls(where, random.randrange(SLOTS))
+            made: list[Path] = []
+            try:
+                for folder in group.folders:
+                    folder.mkdir()
+                    made.append(folder)
+                return group
+            except FileExistsError:
+                for folder in made:
+                    folder.rmdir()
+
+    @property
+    def base(self) -> int:
+        """The first host id of its range."""
+        return FIRST_ID + self.slot * RANGE
+
+    def limit(self, cpu: float, memory: int, pids: int) -> None:
+        """Cores, MiB (swap none) and processes."""
+        bytes_, quota = memory << 20, int(cpu * 100_000)
+        v1 = {name: folder / str(self.slot) for name, folder in self.where.v1.items()}
+        if v1:
+            _write(v1["memory"] / "memory.limit_in_bytes", bytes_)
+            for name, value in (("memory.memsw.limit_in_bytes", bytes_), ("memory.swappiness", 0)):
+                if (v1["memory"] / name).exists():  # kernels without swap accounting lack the first
+                    _write(v1["memory"] / name, value)
+            _write(v1["pids"] / "pids.max", pids)
+            if "cpu" in v1:
+                _write(v1["cpu"] / "cpu.cfs_quota_us", max(quota, 1000))
+        elif self.where.unified:
+            folder = self.where.unified / str(self.slot)
+            for name, value in (
+                ("memory.max", bytes_),
+                ("memory.swap.max", 0),
+                ("memory.oom.group", 1),
+                ("pids.max", pids),
+                ("cpu.max", f"{max(quota, 1000)} 100000"),
+            ):
+                if (folder / name).exists() or name in ("memory.max", "pids.max"):
+                    _write(folder / name, value)
+
+    def freeze(self, on: bool) -> None:
+        """Stops or continues everything in it; returns when all have stopped. Raises OSError."""
+        assert self.where.unified is not None
+        folder = self.where.unified / str(self.slot)
+        _write(folder / "cgroup.freeze", int(on))
+        end = time.monotonic() + 5
+        while f"frozen {int(on)}" not in (folder / "cgroup.events").read_text():
+            if time.monotonic() > end:
+                raise TimeoutError(f"cgroup {folder} did not {'freeze' if on else 'thaw'} within 5 s")
+            time.sleep(0.001)
+
+    def kill(self) -> None:
+        """SIGKILL to everything in it, forks in flight included."""
+        if self.where.unified is not None:
+            target = self.where.unified / str(self.slot) / "cgroup.kill"
+            if target.exists():
+                _write(target, 1)
+                return
+        for pid in self.pids():  # older kernels: until nobody is left; the pids limit stops a race with forks
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                continue
+
+    def pids(self) -> list[int]:
+        """Live members."""
+        try:
+            return [int(pid) for pid in (self.folders[0] / "cgroup.procs").read_text().split()]
+        except (FileNotFoundError, IndexError, OSError):
+            return []
+
+    def stats(self) -> Stats:
+        """What it uses; zero where the host does not count."""
+        v1 = {name: folder / str(self.slot) for name, folder in self.where.v1.items()}
+        if v1:
+            return Stats(
+                cpu_seconds=_read(v1.get("cpuacct", Path()) / "cpuacct.usage") / 1e9,
+                memory_bytes=_read(v1["memory"] / "memory.usage_in_bytes"),
+                memory_peak_bytes=_read(v1["memory"] / "memory.max_usage_in_bytes"),
+                pids=_read(v1["pids"] / "pids.current"),
+                oom_kills=_read(v1["memory"] / "memory.oom_control", "oom_kill"),
+            )
+        if self.where.unified is None:
+            return Stats()
+        folder = self.where.unified / str(self.slot)
+        return Stats(
+            cpu_seconds=_read(folder / "cpu.stat", "usage_usec") / 1e6,
+            memory_bytes=_read(folder / "memory.current"),
+            memory_peak_bytes=_read(folder / "memory.peak"),
+            pids=_read(folder / "pids.current"),
+            oom_kills=_read(folder / "memory.events", "oom_kill"),
+        )
+
+    def remove(self) -> bool:
+        """Removes it; False while something still dies in it."""
+        for folder in self.folders:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return False
+        return True
+
+
+def _write(path: Path, value: object) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, str(value).encode())
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path, key: str = "") -> int:
+    try:
+        text = path.read_text()
+    except OSError:
+        return 0
+    if key:
+        found = [line.split()[1] for line in text.splitlines() if line.split()[:1] == [key]]
+        return int(found[0]) if found else 0
+    return int(text) if text.strip().isdigit() else 0

@@ -1,0 +1,159 @@
+/* Puts a sandbox's walls up in the one order that leaves no gap, then becomes bubblewrap.
+ *
+ *   launch --keep N [--cgroup DIR]... [--base UID] --root DIR (--size BYTES | --loop IMAGE) --lower DIR... -- PROGRAM ARG...
+ *
+ * 1 a session of its own, no file descriptor above N    2 member of its cgroups, so nothing ever runs outside them
+ * 3 a private mount namespace: nothing mounted here is seen by the host or outlives the sandbox
+ * 4 a user namespace: with --base (we are root) ids 0..65535 are host ids UID.., else id 0 is the caller
+ * 5 a capped writable layer over the read-only lowers, whose owners are shifted by the same map; mounted on /sys, which
+ *   is always there, which every id may reach, and which no sandbox shall see
+ * 6 no user namespace below ours, no core files, no new privileges; host root is gone for good before PROGRAM runs */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/loop.h>
+#include <linux/mount.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { IDS = 65536, LOWERS = 64 };
+
+static void die(const char *what) { dprintf(2, "launch: %s: %s\n", what, strerror(errno)); _exit(125); }
+
+static void put(const char *path, const char *text) {
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0 || write(fd, text, strlen(text)) < 0) die(path);
+    close(fd);
+}
+
+static int user_namespace(long base) { /* ids 0.. are base.. of the host; made by a child that does nothing else */
+    char path[64], map[64];
+    int ready[2];
+    if (pipe2(ready, O_CLOEXEC)) die("pipe");
+    pid_t pid = syscall(SYS_clone, CLONE_NEWUSER | SIGCHLD, 0, 0, 0, 0);
+    if (pid < 0) die("user namespace");
+    if (!pid) { close(ready[1]); if (read(ready[0], map, 1) < 0) {} _exit(0); }
+    snprintf(map, sizeof map, "0 %ld %d\n", base, IDS);
+    snprintf(path, sizeof path, "/proc/%d/uid_map", pid); put(path, map);
+    snprintf(path, sizeof path, "/proc/%d/gid_map", pid); put(path, map);
+    snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) die(path);
+    close(ready[0]); close(ready[1]);
+    waitpid(pid, NULL, 0);
+    return fd;
+}
+
+static void own_namespaces(void) { /* as an ordinary user: id 0 is us */
+    char map[64];
+    unsigned uid = geteuid(), gid = getegid();
+    if (unshare(CLONE_NEWUSER | CLONE_NEWNS)) die("user namespace (kernel.unprivileged_userns_clone, AppArmor?)");
+    put("/proc/self/setgroups", "deny");
+    snprintf(map, sizeof map, "0 %u 1\n", uid); put("/proc/self/uid_map", map);
+    snprintf(map, sizeof map, "0 %u 1\n", gid); put("/proc/self/gid_map", map);
+}
+
+static void mount_loop(const char *image, const char *target) { /* an ext4 image of fixed size; freed with its mount */
+    char device[32];
+    int control = open("/dev/loop-control", O_RDWR | O_CLOEXEC), file = open(image, O_RDWR | O_CLOEXEC);
+    if (control < 0 || file < 0) die(control < 0 ? "/dev/loop-control" : image);
+    for (int tries = 0; tries < 50; tries++) { /* another launcher may take the same free device */
+        int n = ioctl(control, LOOP_CTL_GET_FREE);
+        snprintf(device, sizeof device, "/dev/loop%d", n);
+        int loop = n < 0 ? -1 : open(device, O_RDWR | O_CLOEXEC);
+        struct loop_config config = {.fd = file, .info.lo_flags = LO_FLAGS_AUTOCLEAR};
+        if (loop >= 0 && !ioctl(loop, LOOP_CONFIGURE, &config)) {
+            if (mount(device, target, "ext4", MS_NOSUID | MS_NODEV, "")) die("mount of the disk image");
+            return;
+        }
+        if (loop >= 0) close(loop);
+        if (errno != EBUSY) break;
+    }
+    die("loop device");
+}
+
+static const char *shifted(const char *lower, int users, const char *target) { /* the folder with its owners mapped */
+    int tree = syscall(SYS_open_tree, AT_FDCWD, lower, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    struct mount_attr attr = {.attr_set = MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, .userns_fd = users};
+    if (tree < 0) die(lower);
+    if (syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attr, sizeof attr)) {
+        close(tree); /* a file system or kernel without mapped mounts: its files belong to nobody inside, which is safe */
+        return lower;
+    }
+    if (mkdir(target, 0700) && errno != EEXIST) die(target);
+    if (syscall(SYS_move_mount, tree, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH)) die("move_mount");
+    close(tree);
+    return target;
+}
+
+int main(int argc, char **argv) {
+    const char *lowers[LOWERS], *root = NULL, *size = NULL, *image = NULL, *cgroups[16];
+    int count = 0, groups = 0, keep = 2, i;
+    long base = 0;
+    for (i = 1; i + 1 < argc && strcmp(argv[i], "--"); i += 2) {
+        char *key = argv[i], *value = argv[i + 1];
+        if (!strcmp(key, "--keep")) keep = atoi(value);
+        else if (!strcmp(key, "--cgroup") && groups < 16) cgroups[groups++] = value;
+        else if (!strcmp(key, "--base")) base = atol(value);
+        else if (!strcmp(key, "--root")) root = value;
+        else if (!strcmp(key, "--size")) size = value;
+        else if (!strcmp(key, "--loop")) image = value;
+        else if (!strcmp(key, "--lower") && count < LOWERS) lowers[count++] = value;
+        else { dprintf(2, "launch: what is %s?\n", key); return 2; }
+    }
+    if (i + 1 >= argc || !root || !count || !(size || image)) { dprintf(2, "launch: incomplete\n"); return 2; }
+    if (geteuid() == 0 && base < 65536) { errno = EPERM; die("root must name an id range of its own (--base)"); }
+    setsid();
+    umask(022);
+    if (syscall(SYS_close_range, keep + 1, ~0U, 0) && errno != ENOSYS) die("close_range");
+    for (int k = 0; k < groups; k++) {
+        char procs[4096];
+        snprintf(procs, sizeof procs, "%s/cgroup.procs", cgroups[k]);
+        put(procs, "0");
+    }
+
+    int users = -1;
+    if (geteuid() == 0) {
+        users = user_namespace(base);
+        if (unshare(CLONE_NEWNS)) die("mount namespace");
+    } else own_namespaces();
+    if (mount("", "/", NULL, MS_REC | MS_PRIVATE, NULL)) die("private mounts");
+
+    const char *disk = "disk", *merged = "/sys", *upper = "disk/upper", *work = "disk/work";
+    char options[4096]; /* the kernel takes a page, so every path that can be is relative to the root */
+    if (chdir(root)) die(root);
+    snprintf(options, sizeof options, "mode=0755,size=%s,nr_inodes=%ld", size ? size : "0", size ? atol(size) / 4096 + 1024 : 0);
+    if (mkdir(disk, 0700) && errno != EEXIST) die(root);
+    if (image) mount_loop(image, disk);
+    else if (mount("tmpfs", disk, "tmpfs", MS_NOSUID | MS_NODEV, options)) die("tmpfs");
+    if ((mkdir(upper, 0755) && errno != EEXIST) || (mkdir(work, 0755) && errno != EEXIST)) die(upper);
+    if (base && chown(upper, base, base)) die(upper);
+    int n = snprintf(options, sizeof options, "%supperdir=%s,workdir=%s,lowerdir=", users < 0 ? "userxattr," : "volatile,", upper, work);
+    for (int k = 0; k < count; k++) {
+        char *name;
+        if (asprintf(&name, "lower%d", k) < 0) die("memory");
+        n += snprintf(options + n, sizeof options - n, "%s%s", k ? ":" : "", users < 0 ? lowers[k] : shifted(lowers[k], users, name));
+        if (n >= (int)sizeof options) { errno = E2BIG; die("lowers"); }
+    }
+    if (mount("overlay", merged, "overlay", MS_NOSUID | MS_NODEV, options)) die("overlay");
+
+    if (users >= 0 && (setns(users, CLONE_NEWUSER) || setgroups(0, NULL) || setresgid(0, 0, 0) || setresuid(0, 0, 0))) die("into the user namespace");
+    put("/proc/sys/user/max_user_namespaces", "0");
+    struct rlimit none = {0, 0};
+    setrlimit(RLIMIT_CORE, &none);
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs");
+    execv(argv[i + 1], argv + i + 1);
+    die(argv[i + 1]);
+}

@@ -1,0 +1,490 @@
+"""Containers: bubblewrap over a capped overlay, the guest agent as PID 1, and nothing of the host's root inside.
+
+The order of the walls is in dsec/launch/launch.c; what bubblewrap adds is in `_walls`. As root every sandbox has its own
+range of host ids and its own cgroup; as an ordinary user id 0 inside is that user, and limits are rlimits and the size
+of the memory disk (Capabilities.limits says which). Layers, top first: ours (the agent), a snapshot's, the image's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsec.errors import Capacity, DsecError, ImageError, NotFound, SandboxFailed, SubstrateUnavailable
+from dsec.guest import build
+from dsec.guest.protocol import Agent
+from dsec.launch import cgroups, seccomp
+from dsec.launch.cgroups import Cgroup
+from dsec.substrates.base import Probe
+from dsec.types import Capabilities, Spec, Stats
+
+MASKED = (
+    "acpi asound kcore keys key-users kmsg latency_stats sched_debug scsi sysrq-trigger timer_list timer_stats".split()
+)
+READ_ONLY = "bus fs irq sys".split()
+AGENT_CAPS = "CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER".split()
+"""The agent's, over the sandbox's own ids only; the commands it runs have none."""
+OVERHEAD = 2  # processes: bubblewrap's monitor and the agent
+FIX = "apt-get install bubblewrap"
+
+
+class ContainerSubstrate:
+    """See base.Substrate."""
+
+    name = "container"
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.root = os.geteuid() == 0
+        self.groups = cgroups.detect()
+        limits = "cgroup" if self.groups.limits else "rlimit"
+        self.capabilities = Capabilities(isolation=2, fork_memory=False, network=False, limits=limits)
+        self._prepared: asyncio.Future[None] | None = None
+        self._reaper: asyncio.Task[None] | None = None
+        self._dead: asyncio.Queue[tuple[Cgroup | None, Path]] = asyncio.Queue()
+
+    async def probe(self) -> Probe:
+        import tempfile
+
+        start = time.perf_counter()
+        running: Container | None = None
+        (self.home / "tmp").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.home / "tmp") as scratch:
+            try:
+                async with asyncio.timeout(60):
+                    running = await self.create("probe", Spec(), Path(scratch))
+                    done = await running.agent.exec(["true"], lambda kind, data: None, env=ENV).done
+                seconds = time.perf_counter() - start
+                return Probe(done.code == 0, f"bubblewrap, limits by {self.capabilities.limits}", "", seconds)
+            except SubstrateUnavailable as error:
+                return Probe(False, error.reason, error.fix)
+            except (DsecError, TimeoutError) as error:
+                return Probe(False, str(error) or "no answer within 60 s", FIX)
+            finally:
+                if running is not None:
+                    await running.destroy()
+
+    async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> Container:
+        await self._prepare()
+        lowers, mounts = await self._image(spec.image)
+        if snapshot is not None:
+            lowers = [lowers[0], *reversed(sorted((snapshot / "layers").iterdir())), *lowers[1:]]
+        group = None
+        if self.groups.limits or self.root:
+            group = Cgroup.claim(self.groups)
+            group.limit(spec.cpu, spec.memory, int(spec.pids) + OVERHEAD)
+        try:
+            disk = ["--size", str(spec.disk << 20)]
+            if self.root and spec.disk * 2 > spec.memory:
+                disk = ["--loop", str(await asyncio.to_thread(_disk_image, folder, spec.disk))]
+            with socket.socket(socket.AF_UNIX) as listener:
+                _bind(listener, folder / "agent.sock")
+                pid = self._spawn(listener, folder, spec, group, disk, lowers, mounts)
+                agent = await Agent.connect(folder / "agent.sock")
+        except BaseException:
+            if group is not None:
+                group.kill()
+            self._bury(group, folder)
+            raise
+        return Container(self, pid, group, folder, agent, self.capabilities)
+
+    def _spawn(
+        self, listener: socket.socket, folder: Path, spec: Spec, group: Cgroup | None, disk: list[str], lowers: list[Path],
+        mounts: list[str],
+    ) -> int:  # fmt: skip
+        argv = [str(self.launcher), "--keep", "4", "--root", str(folder), *disk]
+        if group is not None:
+            argv += [part for path in group.folders for part in ("--cgroup", str(path))]
+            argv += ["--base", str(group.base)]
+        argv += [part for lower in lowers for part in ("--lower", str(lower))]
+        argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
+        argv += ["--", "/.dsec/agent", "--listen", "3", "--drop"]
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            return os.posix_spawn(
+                self.launcher,
+                argv,
+                {"HOME": "/root"},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, listener.fileno(), 3),
+                    (os.POSIX_SPAWN_DUP2, log, 1),
+                    (os.POSIX_SPAWN_DUP2, log, 2),
+                    (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 4, str(self.filter), os.O_RDONLY, 0),
+                ],
+                setsigmask=[],
+                setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
+            )
+        except BlockingIOError as error:
+            raise Capacity(f"this host can start no more processes: {error}") from None
+        finally:
+            os.close(log)
+
+    async def adopt(self, id: str, spec: Spec, folder: Path, state: dict[str, Any]) -> Container:
+        pid = int(state["pid"])
+        if _started(pid) != state["started"]:
+            raise NotFound(f"sandbox {id} ended while no Edge was running")
+        await self._prepare()
+        group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
+        return Container(self, pid, group, folder, await Agent.connect(folder / "agent.sock"), self.capabilities)
+
+    async def close(self) -> None:
+        """Waits until what was destroyed is cleaned away."""
+        if self._reaper is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._dead.join(), 5)
+            self._reaper.cancel()
+
+    # preparation, once
+
+    async def _prepare(self) -> None:
+        if self._prepared is None:
+            self._prepared = asyncio.ensure_future(asyncio.to_thread(self._setup))
+        try:
+            await asyncio.shield(self._prepared)
+        except BaseException:
+            if self._prepared.done():
+                self._prepared = None  # what was missing may be installed by the next try
+            raise
+
+    def _setup(self) -> None:
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise SubstrateUnavailable("there is no bubblewrap", reason="bwrap is not installed", fix=FIX)
+        self.bwrap = bwrap
+        cache = self.home / "cache"
+        cache.mkdir(exist_ok=True, mode=0o755)
+        self.launcher = build.program(Path(__file__).parents[1] / "launch" / "launch.c", cache)
+        agent = build.agent(self.home)
+        self.filter = cache / "seccomp.bpf"
+        _replace(self.filter, seccomp.program())
+        self.layer = cache / agent.name.replace("agent", "layer")
+        if not self.layer.exists():
+            scratch = self.layer.with_suffix(f".{os.getpid()}")
+            for name in ("proc", "dev", ".dsec"):
+                (scratch / name).mkdir(parents=True)
+            shutil.copy(agent, scratch / ".dsec" / "agent")
+            _settle(scratch, self.layer)
+        self._host_layer, self._host_mounts = _host_image(cache)
+        self._walls = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --as-pid-1".split()
+        self._walls += ["--hostname", "sandbox", "--seccomp", "4", "--cap-drop", "ALL"]
+        self._walls += [part for cap in AGENT_CAPS for part in ("--cap-add", cap)]
+        self._inside = ["--dev", "/dev", "--proc", "/proc"]
+        for name in READ_ONLY:
+            if Path("/proc", name).exists():
+                self._inside += ["--ro-bind", f"/proc/{name}", f"/proc/{name}"]
+        for path in (Path("/proc", name) for name in MASKED):
+            if path.is_dir():
+                self._inside += ["--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
+            elif path.exists():
+                self._inside += ["--ro-bind", "/dev/null", str(path)]
+        if not self.groups.limits:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            del soft, hard
+            self._inside += ["--size", str(64 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+
+    async def _image(self, image: str) -> tuple[list[Path], list[str]]:
+        """The lowers, top first, and what is bound over them."""
+        if image == "host":
+            return [self.layer, self._host_layer], self._host_mounts
+        if image.startswith("/"):
+            if not Path(image).is_dir():
+                raise ImageError(f"no root folder at {image}")
+            return [self.layer, Path(image)], []
+        try:
+            from dsec.images import lowers
+        except ImportError:
+            raise ImageError(f'no image {image!r}: "host" or the absolute path of a root folder') from None
+        return [self.layer, *await lowers(self.home, image)], []
+
+    # the reaper: cleaning is off every request's path
+
+    def _bury(self, group: Cgroup | None, folder: Path) -> None:
+        self._dead.put_nowait((group, folder))
+        if self._reaper is None or self._reaper.done():
+            self._reaper = asyncio.ensure_future(self._reap())
+
+    async def _reap(self) -> None:
+        while True:
+            batch = [await self._dead.get()]
+            while not self._dead.empty():
+                batch.append(self._dead.get_nowait())
+            left = await asyncio.to_thread(_clean, batch)
+            if left:
+                await asyncio.sleep(0.02)
+            for item in left:
+                self._dead.put_nowait(item)
+            for _ in batch:
+                self._dead.task_done()
+
+
+ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+
+
+class Container:
+    """See base.Running."""
+
+    def __init__(
+        self,
+        of: ContainerSubstrate,
+        pid: int,
+        group: Cgroup | None,
+        folder: Path,
+        agent: Agent,
+        capabilities: Capabilities,
+    ) -> None:
+        self.agent, self.capabilities = agent, capabilities
+        self._of, self._pid, self._group, self._folder = of, pid, group, folder
+        self._started = _started(pid)
+        self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._gone = False
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._end.set_result(self._reason())
+        else:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
+
+    def _exited(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        with contextlib.suppress(ChildProcessError):  # an adopted one is not our child
+            os.waitpid(self._pid, os.WNOHANG)
+        if not self._end.done():
+            self._end.set_result(self._reason())
+
+    def _reason(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = (self._folder / "log").read_text(errors="replace")[-500:].strip().splitlines()
+            if lines:
+                return lines[-1]
+        stats = self._group.stats() if self._group is not None else Stats()
+        return "out of memory" if stats.oom_kills else "its first process ended"
+
+    def state(self) -> dict[str, Any]:
+        slot = self._group.slot if self._group is not None else None
+        return {"pid": self._pid, "started": self._started, "slot": slot}
+
+    async def died(self) -> str:
+        return await asyncio.shield(self._end)
+
+    async def freeze(self) -> None:
+        if self._group is not None and self._group.where.unified is not None:
+            await asyncio.to_thread(self._group.freeze, True)
+        else:
+            self.agent.signal_all(signal.SIGSTOP)
+            await self.agent.ping()
+
+    async def thaw(self) -> None:
+        if self._group is not None and self._group.where.unified is not None:
+            await asyncio.to_thread(self._group.freeze, False)
+        else:
+            self.agent.signal_all(signal.SIGCONT)
+
+    async def stats(self) -> Stats:
+        stats = self._group.stats() if self._group is not None else Stats()
+        used = 0
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(self._disk())
+            used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        return Stats(**{**stats.as_dict(), "disk_bytes": used})
+
+    def _disk(self) -> Path:
+        """The writable layer's file system, seen through the monitor's mount namespace."""
+        return Path(f"/proc/{self._pid}/root{self._folder}/disk")
+
+    async def snapshot(self, target: Path) -> None:
+        if self._end.done():
+            raise SandboxFailed(f"it is dead: {self._end.result()}")
+        await self.freeze()
+        try:
+            await asyncio.to_thread(self._copy, target)
+        finally:
+            await self.thaw()
+
+    def _copy(self, target: Path) -> None:
+        scratch = target.with_name(target.name + ".part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        layers = scratch / "layers"
+        layers.mkdir(parents=True)
+        older = (
+            json.loads((self._folder / "layers.json").read_text()) if (self._folder / "layers.json").exists() else []
+        )
+        for layer in older:
+            _run(["cp", "-al", layer, layers / Path(layer).name])
+        newest = layers / f"{len(older):04}"
+        _run(["cp", "-a", "--reflink=auto", self._disk() / "upper", newest])
+        if self._group is not None and self._of.root:
+            _shift(newest, -self._group.base)
+        _settle(scratch, target)
+
+    async def destroy(self) -> None:
+        if self._gone:
+            return
+        self._gone = True
+        self.agent.close()
+        if not self._end.done():
+            if self._group is not None and self._group.folders:
+                self._group.kill()
+            else:
+                _kill_inside(self._pid)
+            try:
+                await asyncio.wait_for(asyncio.shield(self._end), 5)
+            except TimeoutError:
+                os.kill(self._pid, signal.SIGKILL)
+        self._of._bury(self._group, self._folder)
+
+
+def _bind(listener: socket.socket, path: Path) -> None:
+    """A unix socket's path holds 107 bytes; a longer one goes through its folder's descriptor."""
+    if len(os.fsencode(path)) < 108:
+        listener.bind(str(path))
+    else:
+        fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            listener.bind(f"/proc/self/fd/{fd}/{path.name}")
+        finally:
+            os.close(fd)
+    listener.listen(4)
+
+
+def _started(pid: int) -> int:
+    """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _kill_inside(monitor: int) -> None:
+    """Kills PID 1 of the sandbox behind bubblewrap's monitor, and with it everything in its namespace."""
+    try:
+        children = [int(pid) for pid in Path(f"/proc/{monitor}/task/{monitor}/children").read_text().split()]
+    except FileNotFoundError:
+        return
+    for pid in children or [monitor]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _clean(batch: list[tuple[Cgroup | None, Path]]) -> list[tuple[Cgroup | None, Path]]:
+    left = []
+    for group, folder in batch:
+        if group is not None and not group.remove():
+            left.append((group, folder))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return left
+
+
+def _run(command: list[Any]) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SandboxFailed(f"{command[0]} failed: {done.stderr.strip()[:300]}")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_bytes(data)
+    os.replace(scratch, path)
+
+
+def _settle(scratch: Path, target: Path) -> None:
+    """Makes a finished folder visible under its name; somebody else may have been quicker with the same one."""
+    try:
+        os.rename(scratch, target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(scratch)
+
+
+def _shift(folder: Path, by: int) -> None:
+    """Moves every owner in a tree by a constant, links not followed (the tree is ours and frozen)."""
+    for root, dirs, files in os.walk(folder):
+        for name in [*dirs, *files]:
+            path = os.path.join(root, name)
+            entry = os.lstat(path)
+            os.lchown(path, max(entry.st_uid + by, 0), max(entry.st_gid + by, 0))
+            if not os.path.islink(path):
+                os.chmod(path, entry.st_mode & 0o7777)  # chown clears setuid, which belongs to the image
+    os.chown(folder, 0, 0)
+
+
+def _disk_image(folder: Path, size: int) -> Path:
+    """A sparse ext4 image of `size` MiB; no journal, since a sandbox's disk does not outlive a crash of the host."""
+    image = folder / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(size << 20)
+    _run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard", image])
+    return image
+
+
+def _host_image(cache: Path) -> tuple[Path, list[str]]:
+    """A root folder around the host's own /usr: the folder, and bubblewrap's arguments that bind the rest."""
+    mounts = ["--ro-bind", "/usr", "/usr"]
+    links = {}
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        path = Path("/", name)
+        if path.is_symlink():
+            links[name] = os.readlink(path)
+        elif path.is_dir():
+            mounts += ["--ro-bind", str(path), str(path)]
+    if Path("/etc/alternatives").is_dir():
+        mounts += ["--ro-bind", "/etc/alternatives", "/etc/alternatives"]
+    layer = cache / "host-1"
+    if not layer.exists():
+        scratch = cache / f"host.{os.getpid()}"
+        for name in (
+            "usr etc/alternatives root home/user tmp var/tmp var/log var/lib var/cache run opt srv mnt dev proc".split()
+        ):
+            (scratch / name).mkdir(parents=True)
+        for name in ("tmp", "var/tmp"):
+            (scratch / name).chmod(0o1777)
+        for name, target in links.items():
+            (scratch / name).symlink_to(target)
+        for line in mounts[1::3]:
+            (scratch / line.lstrip("/")).mkdir(exist_ok=True, parents=True)
+        texts = {
+            "passwd": "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000::/home/user:/bin/bash\n"
+            "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+            "group": "root:x:0:\nuser:x:1000:\nnogroup:x:65534:\n",
+            "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
+            "hostname": "sandbox\n",
+            "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+            "resolv.conf": "",
+        }
+        for name, text in texts.items():
+            (scratch / "etc" / name).write_text(text)
+        for name in (
+            "ld.so.cache",
+            "ld.so.conf",
+            "ld.so.conf.d",
+            "localtime",
+            "ssl/certs/ca-certificates.crt",
+            "mime.types",
+        ):
+            source, target = Path("/etc", name), scratch / "etc" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target)
+            elif source.exists():
+                shutil.copy(source, target)
+        if os.geteuid() == 0:
+            os.chown(scratch / "home/user", 1000, 1000)
+        _settle(scratch, layer)
+    return layer, mounts
+
+
+cleanup = partial(_clean)
