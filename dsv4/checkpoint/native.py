@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from dsv4.checkpoint.experts import parse_bytes, stream_experts
 from dsv4.checkpoint.folder import Folder
 from dsv4.checkpoint.layouts import home
 from dsv4.checkpoint.shards import listed
@@ -26,6 +27,8 @@ def load_native(folder: Folder, device: str | torch.device, expert_memory: int |
             f"--to official --quantise). Tensors in higher precision: {listed(plain)}"
         )
     model = Transformer(config, device="meta", dtype=torch.bfloat16)
+    if expert_memory is not None:
+        stream_experts(model, folder, parse_bytes(expert_memory))
     forms = {home(name)[0]: place.form for name, place in folder.places.items() if place.form}
     for name, weight in list(model.named_parameters()):
         if form := forms.get(name):
@@ -35,6 +38,8 @@ def load_native(folder: Folder, device: str | torch.device, expert_memory: int |
     state = model.state_dict()
     for name in folder.in_file_order():
         parameter, position = home(name)
+        if parameter not in packed and parameter not in state:
+            continue  # an expert that stays on disk
         data = folder.read(name)
         if isinstance(data, Packed):
             packed[parameter].elements[position].copy_(data.elements)

@@ -8,6 +8,7 @@ import torch
 
 from dsv4.checkpoint.folder import Folder
 from dsv4.checkpoint.layouts import home
+from dsv4.checkpoint.native import load_native
 from dsv4.config import Config
 from dsv4.model import Transformer
 
@@ -35,8 +36,6 @@ def load(
         raise ValueError(f"expert_memory needs dtype 'native', got {dtype!r}")
     with Folder(path) as folder:
         if dtype == "native":
-            from dsv4.checkpoint.native import load_native
-
             model = load_native(folder, device, expert_memory)
         else:
             model = Transformer(folder.config, device="meta", dtype=getattr(torch, dtype)).to_empty(device=device)

@@ -179,7 +179,7 @@ def write_shard(file: Path, shard: list[Source], wrote: Callable[[int], None] = 
     shard = sorted(shard, key=lambda source: (-BYTES[source.spec.dtype], source.spec.name))
     raw = header(shard)
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(raw)) + raw)
+        wrote(stream.write(struct.pack("<Q", len(raw)) + raw))
         for source in shard:
             spec, size = source.spec, 0
             for part in source.parts():

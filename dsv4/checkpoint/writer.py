@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from dsv4.checkpoint.experts import StreamedStack
 from dsv4.checkpoint.inventory import UNQUANTISED, TensorSpec, stored_as
 from dsv4.checkpoint.layouts import home, to_transformers
 from dsv4.checkpoint.shards import INDEX, Source, shards_by_layer, shards_of_size, write_shards
@@ -53,9 +54,9 @@ def save(
     if layout not in ("official", "transformers"):
         raise ValueError(f"layout must be 'official' or 'transformers', got {layout!r}")
     state = model.state_dict()
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+    kept = {name: module for name, module in model.named_modules() if isinstance(module, Packed | StreamedStack)}
     if dtype is None:
-        dtype = "native" if packed else "bfloat16" if state["embed.weight"].dtype == torch.bfloat16 else "float32"
+        dtype = "native" if kept else "bfloat16" if state["embed.weight"].dtype == torch.bfloat16 else "float32"
     if dtype not in ("float32", "bfloat16", "native"):
         raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'native', got {dtype!r}")
     if max_shard_bytes is not None and max_shard_bytes < 1:
@@ -66,11 +67,11 @@ def save(
 
     def fetch(name: str) -> torch.Tensor | Packed:
         parameter, position = home(name)
-        if parameter in packed:
-            return packed[parameter][position[0]] if position else packed[parameter]  # type: ignore[index]
+        if module := kept.get(parameter):
+            return module[position[0]] if position else module  # type: ignore[index, return-value]
         return state[parameter][position]
 
-    target = Target.of(model.config, layout, dtype, quantise=not packed)
+    target = Target.of(model.config, layout, dtype, quantise=not kept)
     sources = target.sources(fetch)
     by_layer = dtype == "native" and max_shard_bytes is None
     shards = shards_by_layer(sources) if by_layer else shards_of_size(sources, max_shard_bytes or 4 * GIGABYTE)

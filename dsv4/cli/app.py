@@ -16,6 +16,7 @@ import typer
 
 import dsv4
 from dsv4.cli.chat import chat
+from dsv4.cli.convert import convert
 from dsv4.cli.doctor import doctor
 from dsv4.cli.estimate import estimate
 from dsv4.cli.generate import generate
@@ -24,7 +25,7 @@ from dsv4.cli.serve import serve
 from dsv4.cli.train import sft, train
 
 # In the order in which a reader meets them.
-COMMANDS: tuple[Callable[..., Any], ...] = (serve, chat, generate, train, sft, estimate, inspect, doctor)
+COMMANDS: tuple[Callable[..., Any], ...] = (serve, chat, generate, train, sft, estimate, inspect, convert, doctor)
 
 app = typer.Typer(
     name="dsv4",

@@ -49,3 +49,14 @@ def linear(x: np.ndarray, weight: np.ndarray, block: int = 128) -> np.ndarray:
         rounded, _ = quantise(x[part], "F8_E4M3", (1, block), 1e-4)
         out += rounded @ weight[part].T.astype(np.float64)
     return out
+
+
+def rounded(x: np.ndarray, dtype: str, block: int, floor: float) -> np.ndarray:
+    """float32 [..., C] rounded along the last axis in blocks, power-of-two scales; vectorised."""
+    columns = x.shape[-1]
+    rows = np.pad(x.reshape(-1, columns), ((0, 0), (0, -columns % block))).reshape(-1, block).astype(np.float64)
+    ratio = np.maximum(np.abs(rows).max(1, keepdims=True), floor) / LARGEST[dtype]
+    mantissa, e = np.frexp(ratio)
+    scale = np.ldexp(1.0, e - (mantissa == 0.5))
+    out = (rows / scale).astype(np.float32).astype(TYPES[dtype]).astype(np.float64) * scale
+    return out.reshape(-1, columns + -columns % block)[:, :columns].reshape(x.shape).astype(np.float32)
