@@ -1,0 +1,506 @@
+"""microVMs: a machine is booted once, stopped, and its memory kept; every sandbox is a copy-on-write clone of that.
+
+A checkpoint is a folder with `ram` (sparse), `device` (38 KiB), perhaps `disk.qcow2`, and `meta.json`. Templates and
+snapshots are both checkpoints, so forking a running machine is a snapshot and as many clones as wanted. A clone has the
+clock and the random generator of its checkpoint, so before anything else runs in it the host sends it the time and 64
+random bytes (wake.c). What user programs had drawn before the snapshot they still have: that cannot be taken back.
+
+Isolation is 3 under emulation, 4 under KVM. Writable files live in the machine's memory: `disk` is their cap, `memory` too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsec.errors import DsecError, ImageError, InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
+from dsec.guest import build
+from dsec.guest.protocol import Agent
+from dsec.launch import cgroups
+from dsec.launch.cgroups import Cgroup
+from dsec.substrates import linux, qemu
+from dsec.substrates.base import Probe
+from dsec.substrates.qemu import Disk, Machine, Qemu, Ram
+from dsec.types import Capabilities, Spec, Stats
+
+log = logging.getLogger("dsec.vm")
+WAKE_DEADLINE = 30.0
+"""Seconds a clone has until its first command has run; it needs about 0.1."""
+KVM_DEADLINE = 15.0
+KEEP = 4
+"""Checkpoints whose memory stays open between clones."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """What a machine starts from: nothing (the initrd's busybox), a read-only root file system, or a disk that boots."""
+
+    disk: Path | None = None
+    format: str = "erofs"
+    """ "erofs" (root file system), "raw" or "qcow2" (a bootable disk, written through an overlay)."""
+    boot: str = "agent"
+    """PID 1: "agent" or "systemd"; a bootable disk brings its own."""
+
+    def identity(self) -> list[Any]:
+        """Changes when the file does."""
+        stat = self.disk.stat() if self.disk else None
+        return [str(self.disk), self.format, self.boot, stat and [stat.st_size, stat.st_mtime_ns, stat.st_ino]]
+
+
+@dataclass
+class Checkpoint:
+    """A stopped machine that clones start from; see the top of this file."""
+
+    folder: Path
+    memory: int
+    cpus: int
+    accel: str
+    root: Root
+    ram: Ram | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Raises NotFound or ImageError."""
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            disk = Path(meta["disk"]) if meta["disk"] else None
+            root = Root(disk, meta["format"], meta["boot"])
+            point = cls(folder, int(meta["memory"]), int(meta["cpus"]), str(meta["accel"]), root)
+            wanted = [_qemu_identity(), root.identity()]
+        except FileNotFoundError as error:
+            raise NotFound(f"no checkpoint at {folder}: {error}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ImageError(f"{folder} is no checkpoint of a machine: {error!r}") from None
+        if meta["identity"] != json.loads(json.dumps(wanted)):
+            raise ImageError(f"the checkpoint {folder} was made with another QEMU or another image")
+        return point
+
+    def describe(self) -> dict[str, Any]:
+        disk = str(self.root.disk) if self.root.disk else None
+        identity = [_qemu_identity(), self.root.identity()]
+        shape = {"memory": self.memory, "cpus": self.cpus, "accel": self.accel}
+        return {**shape, "disk": disk, "format": self.root.format, "boot": self.root.boot, "identity": identity}
+
+    def load(self) -> Ram:
+        """Its memory, sealed; read from the folder the first time."""
+        if self.ram is None:
+            ram = Ram(self.memory << 20)
+            ram.load(self.folder / "ram")
+            ram.seal()
+            self.ram = ram
+        return self.ram
+
+
+def _qemu_identity() -> list[Any]:
+    program = shutil.which(qemu.BINARY)
+    if program is None:
+        raise SubstrateUnavailable(f"no {qemu.BINARY}", reason=f"{qemu.BINARY} is not installed", fix=qemu.FIX)
+    stat = os.stat(program)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+class MicroVMSubstrate:
+    """See base.Substrate."""
+
+    name = "microvm"
+    boot_deadline = 60.0
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.groups = cgroups.detect()
+        self._accel = os.environ.get("DSEC_ACCEL") or self._remembered()
+        self._points: OrderedDict[str, Checkpoint] = OrderedDict()
+        self._building: dict[str, asyncio.Lock] = {}
+        self._burials: set[asyncio.Task[None]] = set()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Of machines made now; level 4 only after KVM has booted one."""
+        return Capabilities(isolation=4 if self._accel == "kvm" else 3, fork_memory=True, limits="machine")
+
+    async def probe(self) -> Probe:
+        begin = time.perf_counter()
+        try:
+            with tempfile.TemporaryDirectory(prefix="dsec-probe-") as scratch:
+                running = await self.create("probe", Spec(substrate=self.name), Path(scratch))  # type: ignore[arg-type]
+                try:
+                    done = await asyncio.wait_for(running.agent.exec(["true"], lambda kind, data: None).done, 30)
+                finally:
+                    await running.destroy()
+            how = "KVM" if self._accel == "kvm" else "software emulation"
+            return Probe(done.code == 0, how, "", time.perf_counter() - begin)
+        except SubstrateUnavailable as error:
+            return Probe(False, error.reason, error.fix)
+        except (DsecError, TimeoutError) as error:
+            return Probe(False, str(error) or "no answer", qemu.FIX)
+
+    async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> VirtualMachine:
+        if spec.network != "none":
+            raise InvalidRequest(f"a {self.name} has no network; asked for {spec.network!r}")
+        point = await self._opened(snapshot) if snapshot is not None else await self._template(spec)
+        await asyncio.to_thread(point.load)
+        group = self._claim(point.memory, spec.cpu)
+        running: VirtualMachine | None = None
+        try:
+            machine = self._start(point, folder, group, spec.disk)
+            running = VirtualMachine(self, machine, point, await _connect(machine))
+            await running.wake(WAKE_DEADLINE, known=snapshot is not None)
+        except BaseException:
+            if running is not None:
+                await running.destroy()
+            elif group is not None:
+                group.kill()
+                self.bury(group, folder)
+            raise
+        return running
+
+    async def adopt(self, id: str, spec: Spec, folder: Path, state: dict[str, Any]) -> VirtualMachine:
+        if not state["started"] or qemu.started(int(state["pid"])) != state["started"]:
+            raise NotFound(f"sandbox {id} ended while no Edge was running")
+        group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
+        meta = state["point"]
+        root = Root(Path(meta["disk"]) if meta["disk"] else None, meta["format"], meta["boot"])
+        point = Checkpoint(folder, meta["memory"], meta["cpus"], meta["accel"], root)
+        machine = Qemu(int(state["pid"]), folder, group)
+        return VirtualMachine(self, machine, point, await _connect(machine))
+
+    async def close(self) -> None:
+        if self._burials:
+            await asyncio.wait(self._burials, timeout=5)
+        for point in self._points.values():
+            if point.ram is not None:
+                point.ram.close()
+                point.ram = None
+        self._points.clear()
+
+    # what the full machine does otherwise
+
+    async def root(self, spec: Spec) -> Root:
+        """What `spec.image` boots from. "host" is what every substrate has at once: here the initrd's busybox."""
+        return Root() if spec.image == "host" else await file_system(self.home, spec.image)
+
+    # templates
+
+    async def _opened(self, folder: Path) -> Checkpoint:
+        """The checkpoint in a folder; its memory stays open for the next clone."""
+        key = f"{folder}:{(folder / 'meta.json').stat().st_ino if (folder / 'meta.json').exists() else 0}"
+        if key not in self._points:
+            self._points[key] = await asyncio.to_thread(Checkpoint.read, folder)
+        self._points.move_to_end(key)
+        while len(self._points) > KEEP:
+            _, old = self._points.popitem(last=False)
+            if old.ram is not None:
+                old.ram.close()
+                old.ram = None
+        return self._points[key]
+
+    async def _template(self, spec: Spec) -> Checkpoint:
+        root = await self.root(spec)
+        if root.format == "erofs" and spec.disk > spec.memory:
+            raise InvalidRequest(f"files live in the machine's memory: disk {spec.disk} MiB > memory {spec.memory} MiB")
+        kernel = await asyncio.to_thread(linux.kernel, self.home)
+        initrd = await asyncio.to_thread(linux.initrd, self.home, kernel)
+        if not self._accel:
+            await self._choose(kernel, initrd)
+        point = Checkpoint(Path(), max(64, spec.memory), max(1, math.ceil(spec.cpu)), self._accel or "tcg", root)
+        what = [point.describe(), initrd.name, kernel.release, spec.disk]
+        folder = self.home / "vm/templates" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+        async with self._building.setdefault(folder.name, asyncio.Lock()):
+            if not (folder / "meta.json").exists():
+                lock = linux.locked(folder.with_suffix(".lock"))
+                await asyncio.to_thread(lock.__enter__)  # another process may be building the same one
+                try:
+                    if not (folder / "meta.json").exists():
+                        await self._build(point, folder, kernel, initrd, spec.disk)
+                finally:
+                    lock.__exit__()
+            return await self._opened(folder)
+
+    async def _build(self, point: Checkpoint, target: Path, kernel: linux.Kernel, initrd: Path, disk: int) -> None:
+        """Boots a machine, waits until it is idle, and makes the checkpoint `target` of it."""
+        log.info("booting a %s of %d MiB to clone it from (once)", self.name, point.memory)
+        begin = time.monotonic()
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".boot-"))
+        group = self._claim(point.memory, max(2, point.cpus))
+        booting = Checkpoint(scratch, point.memory, point.cpus, point.accel, point.root, Ram(point.memory << 20))
+        running: VirtualMachine | None = None
+        try:
+            if point.root.format == "qcow2" or point.root.format == "raw":
+                await qcow2(scratch / "disk.qcow2", point.root, disk)
+            machine = self._start(booting, scratch, group, disk, boot=(kernel, initrd))
+            running = VirtualMachine(self, machine, booting, await _connect(machine))
+            await running.settle(self.boot_deadline)
+            await running.snapshot(target)
+        finally:
+            if running is not None:
+                await running.destroy()
+            assert booting.ram is not None
+            booting.ram.close()
+            if running is None:
+                self.bury(group, scratch)
+        log.info("%s ready to be cloned after %.1f s", self.name, time.monotonic() - begin)
+
+    # machines
+
+    def _start(
+        self,
+        point: Checkpoint,
+        folder: Path,
+        group: Cgroup | None,
+        disk: int,
+        boot: tuple[linux.Kernel, Path] | None = None,
+    ) -> Qemu:
+        """Starts QEMU on a checkpoint; with `boot`, from power-on in the checkpoint's shared memory."""
+        assert point.ram is not None
+        with contextlib.ExitStack() as stack:
+
+            def opened(path: Path, flags: int = os.O_RDONLY) -> int:
+                fd = os.open(path, flags | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                return fd
+
+            shape: dict[str, Any] = {"memory": point.memory, "ram": point.ram, "cpus": point.cpus, "accel": point.accel}
+            root = point.root
+            if root.format != "erofs":
+                assert root.disk is not None
+                if boot is None:
+                    shutil.copyfile(point.folder / "disk.qcow2", folder / "disk.qcow2")
+                top = opened(folder / "disk.qcow2", os.O_RDWR)
+                shape["disks"] = (Disk(top, "qcow2", False, (opened(root.disk), root.format)),)
+                shape["agent"] = opened(build.agent(self.home))
+            elif root.disk is not None:
+                shape["disks"] = (Disk(opened(root.disk)),)
+            if boot is None:
+                shape["device"] = opened(point.folder / "device")
+            elif root.format == "erofs":
+                words = f"dsec.size={disk} dsec.boot={root.boot} " + (f"dsec.root={root.format}" if root.disk else "")
+                shape |= {"kernel": opened(boot[0].image), "initrd": opened(boot[1]), "cmdline": words}
+            written = disk if root.format != "erofs" else 0
+            return Qemu.start(Machine(**shape), folder, self.home, group, files=written)
+
+    def _claim(self, memory: int, cpu: float) -> Cgroup | None:
+        if not self.groups.limits and os.geteuid() != 0:
+            return None
+        group = Cgroup.claim(self.groups)
+        group.limit(cpu, memory + qemu.OVERHEAD, 96)  # 96: QEMU's own threads
+        return group
+
+    def bury(self, group: Cgroup | None, folder: Path) -> None:
+        """Frees what a dead machine held, off the request's path."""
+        task = asyncio.ensure_future(_bury(group, folder))
+        self._burials.add(task)
+        task.add_done_callback(self._burials.discard)
+
+    # acceleration: only what really boots
+
+    def _memo(self) -> Path:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return self.home / "vm" / f"accel-{boot}"
+
+    def _remembered(self) -> str:
+        with contextlib.suppress(OSError):
+            return self._memo().read_text()
+        return "" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
+
+    async def _choose(self, kernel: linux.Kernel, initrd: Path) -> None:
+        """Boots a machine with KVM; what does not say hello by the deadline is not used. /dev/kvm proves nothing."""
+        point = Checkpoint(Path(), 128, 1, "kvm", Root(), Ram(128 << 20))
+        scratch = Path(tempfile.mkdtemp(dir=self.home / "vm", prefix=".kvm-"))
+        group = self._claim(128, 2)
+        machine: Qemu | None = None
+        try:
+            machine = self._start(point, scratch, group, 16, boot=(kernel, initrd))
+            agent = await _connect(machine)
+            await asyncio.wait_for(asyncio.shield(agent.hello), KVM_DEADLINE)
+            agent.close()
+            self._accel = "kvm"
+        except (DsecError, TimeoutError, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            self._accel = "tcg"
+            log.info("KVM boots no machine here within %.0f s: software emulation", KVM_DEADLINE)
+        finally:
+            if machine is not None:
+                await machine.kill()
+            assert point.ram is not None
+            point.ram.close()
+            self.bury(group, scratch)
+        linux.publish(self._memo(), self._accel.encode())
+
+
+async def _connect(machine: Qemu) -> Agent:
+    with qemu.reachable(machine.folder, "agent.sock") as path:
+        return await Agent.connect(path, serial=True)
+
+
+async def _bury(group: Cgroup | None, folder: Path) -> None:
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    for _ in range(100):
+        if group is None or group.remove():
+            return
+        await asyncio.sleep(0.05)
+    log.warning("cgroup %s could not be removed", group)
+
+
+async def file_system(home: Path, image: str) -> Root:
+    """An image as a read-only root: an EROFS file or a root folder by path (packed once), or a name of ours."""
+    from dsec.images import erofs
+
+    path = Path(image)
+    if not path.is_absolute():
+        from dsec.images import packed  # type: ignore[attr-defined,unused-ignore]
+
+        return Root(await packed(home, image))
+    if await asyncio.to_thread(erofs.is_erofs, path):
+        return Root(path)
+    if not path.is_dir():
+        raise ImageError(f"{image} is neither an EROFS file nor a root folder")
+    stat = path.stat()
+    name = hashlib.sha256(f"{path}:{stat.st_ino}:{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+    target = home / "vm/roots" / f"{name}.erofs"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        if not target.exists():
+            await asyncio.to_thread(erofs.pack, path, target)
+    return Root(target)
+
+
+async def qcow2(path: Path, root: Root, size: int) -> None:
+    """An empty overlay as large as the disk it lies on; how much of it may be written is the file-size limit."""
+    assert root.disk is not None
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise SubstrateUnavailable("no qemu-img", reason="qemu-img is not installed", fix="apt-get install qemu-utils")
+    if root.format == "raw":
+        bytes_ = root.disk.stat().st_size
+    else:
+        bytes_ = json.loads((await _run(program, "info", "--output=json", "-f", root.format, str(root.disk))))[
+            "virtual-size"
+        ]
+    await _run(program, "create", "-q", "-f", "qcow2", str(path), str(bytes_))
+
+
+async def _run(*command: str) -> bytes:
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
+    )
+    out, _ = await process.communicate()
+    if process.returncode:
+        raise ImageError(f"{Path(command[0]).name} failed: {out[-400:].decode(errors='replace').strip()}")
+    return out
+
+
+class VirtualMachine:
+    """See base.Running."""
+
+    def __init__(self, of: MicroVMSubstrate, machine: Qemu, point: Checkpoint, agent: Agent) -> None:
+        self.agent, self.machine, self.point = agent, machine, point
+        self.capabilities = Capabilities(isolation=4 if point.accel == "kvm" else 3, fork_memory=True, limits="machine")
+        self._of, self._frozen, self._gone, self._lock = of, False, False, asyncio.Lock()
+
+    def state(self) -> dict[str, Any]:
+        slot = self.machine.group.slot if self.machine.group is not None else None
+        return {"pid": self.machine.pid, "started": self.machine.started, "slot": slot, "point": self.point.describe()}
+
+    async def died(self) -> str:
+        return await asyncio.shield(self.machine.end)
+
+    async def wake(self, deadline: float, known: bool = False) -> None:
+        """Gives the machine the time and fresh randomness. `known`: its agent may remember commands of another life.
+        Raises Timeout or SandboxFailed."""
+        try:
+            async with asyncio.timeout(deadline):
+                if known:
+                    await self.agent.journal()  # moves our ids past theirs
+                process = self.agent.exec(["/run/dsec/wake"], lambda kind, data: None, stdin=True)
+                process.send(time.time_ns().to_bytes(8, "little") + os.urandom(64))
+                process.close_stdin()
+                done = await process.done
+                process.forget()
+        except TimeoutError:
+            raise Timeout(f"the machine did not wake within {deadline} s; {await self._console()}") from None
+        except SandboxFailed as error:
+            raise SandboxFailed(f"{error.message}; {await self._console()}") from None
+        if done.code:
+            raise SandboxFailed(f"the machine did not take the time and randomness: exit {done.code}")
+
+    async def settle(self, deadline: float) -> None:
+        """Waits until a booting machine's agent is there and its services are up, and warms what every command needs."""
+        try:
+            async with asyncio.timeout(deadline):
+                await asyncio.wait({self.agent.hello, self.machine.end}, return_when=asyncio.FIRST_COMPLETED)
+                if self.machine.end.done():
+                    raise SandboxFailed(f"it did not boot: {self.machine.end.result()}")
+                if self.point.root.boot == "systemd":
+                    wait = ["systemctl", "is-system-running", "--wait"]
+                    await self.agent.exec(wait, lambda kind, data: None).done
+                process = self.agent.exec("true", lambda kind, data: None)
+                await process.done
+                process.forget()
+                await self.agent.ping()
+        except TimeoutError:
+            raise Timeout(f"it did not boot within {deadline} s; {await self._console()}") from None
+
+    async def _console(self) -> str:
+        return f"the end of its console: {(await self.machine.console())[-400:]!r}"
+
+    async def freeze(self) -> None:
+        await (await self.machine.qmp()).execute("stop")
+        self._frozen = True
+
+    async def thaw(self) -> None:
+        await (await self.machine.qmp()).execute("cont")
+        self._frozen = False
+        await self.wake(WAKE_DEADLINE)  # its clock stood still
+
+    async def snapshot(self, target: Path) -> None:
+        if self.machine.end.done():
+            raise SandboxFailed(f"it is dead: {self.machine.end.result()}")
+        async with self._lock:
+            scratch = target.with_name(target.name + ".part")
+            await asyncio.to_thread(shutil.rmtree, scratch, True)
+            scratch.mkdir(parents=True)
+            frozen = self._frozen
+            if not frozen:
+                await self.freeze()
+            try:
+                await self.machine.save_devices(scratch / "device")
+                await asyncio.to_thread(self._copy, scratch, target)
+            finally:
+                if not frozen and not self.machine.end.done():
+                    await self.thaw()
+
+    def _copy(self, scratch: Path, target: Path) -> None:
+        self.machine.save_memory(scratch / "ram")
+        if (self.machine.folder / "disk.qcow2").exists():
+            shutil.copyfile(self.machine.folder / "disk.qcow2", scratch / "disk.qcow2")
+        (scratch / "meta.json").write_text(json.dumps(self.point.describe()))
+        os.rename(scratch, target)
+
+    async def stats(self) -> Stats:
+        stats = self.machine.group.stats() if self.machine.group is not None else Stats()
+        disk = 0
+        with contextlib.suppress(OSError):
+            disk = (self.machine.folder / "disk.qcow2").stat().st_blocks * 512
+        return Stats(**{**stats.as_dict(), "disk_bytes": disk})
+
+    async def destroy(self) -> None:
+        if self._gone:
+            return
+        self._gone = True
+        self.agent.close()
+        await self.machine.kill()
+        self._of.bury(self.machine.group, self.machine.folder)

@@ -1,0 +1,349 @@
+"""One QEMU process: its command line, its confinement, its control socket (QMP), and its end.
+
+The guest is untrusted, and so is QEMU once a guest has broken into it: it runs as a host id that owns nothing, in an
+empty network namespace, under QEMU's seccomp filter (no exec, no fork, no setuid), without new privileges, with
+rlimits, and in a cgroup joined before exec (confine.c). It is handed open files, so no path of ours need be readable to it.
+Emulation (TCG) is what runs where KVM does not really boot, and QEMU does not call emulation a security boundary: these
+walls are for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsec.errors import Capacity, SandboxFailed, SubstrateUnavailable, Timeout
+from dsec.guest import build
+from dsec.launch.cgroups import Cgroup
+
+BINARY = "qemu-system-x86_64"
+FIX = "apt-get install qemu-system-x86"
+OVERHEAD = 160
+"""MiB a QEMU process may use beside the guest's memory: code cache, device models, libraries."""
+_F_ADD_SEALS, _SEALS = 1033, 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
+_STATE = 9  # the fdset that device state is saved to
+
+
+class Ram:
+    """Guest memory in a memfd. While shared the guest writes it; once sealed nobody ever can, not even a QEMU that a
+    guest has taken over, and any number of machines map it copy-on-write. `size` in bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.fd = os.memfd_create("dsec-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, size)
+
+    def seal(self) -> None:
+        """Raises BlockingIOError while a machine still has it mapped shared."""
+        fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEALS)  # a private writable mapping stays allowed
+
+    def load(self, path: Path) -> None:
+        """Fills it from a sparse file of the same size; holes stay holes."""
+        copy_sparse(path, self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def copy_sparse(source: Path | int, target: int) -> None:
+    """Copies the data extents of a file (path or descriptor) into descriptor `target`, same offsets."""
+    fd = os.open(source, os.O_RDONLY) if isinstance(source, Path) else source
+    try:
+        size, at = os.fstat(fd).st_size, 0
+        while at < size:
+            try:
+                start = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: nothing but a hole from here on
+                break
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+            while start < at:
+                start += os.pwrite(target, os.pread(fd, min(at - start, 1 << 22), start), start)
+    finally:
+        if isinstance(source, Path):
+            os.close(fd)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A virtio disk from an open file. Its format is said, never guessed: a raw disk could pose as a qcow2 that names
+    files of the host. `base` is a raw or qcow2 file below a qcow2 one."""
+
+    fd: int
+    format: str = "raw"
+    readonly: bool = True
+    base: tuple[int, str] | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What QEMU is to be; memory in MiB. With `device` (a device state file) it is a clone of a stopped machine, and
+    its memory is mapped private; otherwise it boots `kernel` and `initrd`, or its first disk, in shared memory.
+
+    The machine is QEMU's "pc": the emulated "microvm" machine finds its virtio devices only with ACPI (Debian's kernel
+    takes none from its command line), and with ACPI it loses its timer and hangs (0 of 8 boots on a busy host).
+    """
+
+    memory: int
+    ram: Ram
+    cpus: int = 1
+    device: int | None = None
+    kernel: int | None = None
+    initrd: int | None = None
+    cmdline: str = ""
+    disks: tuple[Disk, ...] = ()
+    accel: str = "tcg"
+    agent: int | None = None
+    """The agent's program, for a disk image to pick up from firmware configuration as opt/dsec/agent."""
+
+    def argv(self, qmp: int, port: int, state: int) -> tuple[list[str], list[int]]:
+        """The command line, and the descriptors it names. `qmp` and `port` are listening unix sockets, `state` the file
+        that device state will be saved to."""
+        fds = [qmp, port, state, self.ram.fd]
+        accel = "kvm" if self.accel == "kvm" else f"tcg,thread={'multi' if self.cpus > 1 else 'single'},tb-size=32"
+        args = ["-M", "pc,memory-backend=ram,vmport=off,usb=off", "-accel", accel]
+        args += ["-cpu", "host" if self.accel == "kvm" else "max", "-m", str(self.memory), "-smp", str(self.cpus)]
+        args += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        args += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+        share = "on" if self.device is None else "off"
+        memory = f"id=ram,size={self.memory}M,mem-path=/proc/self/fd/{self.ram.fd},share={share}"
+        args += ["-object", f"memory-backend-file,{memory}"]
+        args += ["-chardev", f"socket,id=qmp,fd={qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
+        args += ["-chardev", f"socket,id=agent,fd={port},server=on,wait=off", "-device", "virtio-serial-pci"]
+        args += ["-device", "virtserialport,chardev=agent,name=dsec.agent", "-add-fd", f"fd={state},set={_STATE}"]
+        args += ["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]
+        args += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"]
+        # Device state is saved without the memory, and without the section that says how it was configured.
+        args += ["-global", "migration.send-configuration=off"]
+        if self.device is not None:
+            args += ["-incoming", f"fd:{self.device}"]
+            fds.append(self.device)
+        elif self.kernel is not None and self.initrd is not None:
+            args += ["-kernel", f"/proc/self/fd/{self.kernel}", "-initrd", f"/proc/self/fd/{self.initrd}"]
+            args += ["-append", f"console=ttyS0 quiet panic=-1 {self.cmdline}"]
+            fds += [self.kernel, self.initrd]
+        if self.agent is not None:
+            args += ["-fw_cfg", f"name=opt/dsec/agent,file=/proc/self/fd/{self.agent}"]
+            fds.append(self.agent)
+        for n, disk in enumerate(self.disks):
+            layers = [("", disk.fd, disk.format, disk.readonly)]
+            layers += [("backing.", *disk.base, True)] if disk.base else []
+            options = [f"node-name=disk{n}"]
+            for k, (prefix, fd, format, readonly) in enumerate(layers):
+                set = 10 + 2 * n + k
+                args += ["-add-fd", f"fd={fd},set={set}"]
+                options += [f"{prefix}driver={format}", f"{prefix}read-only={'on' if readonly else 'off'}"]
+                options += [f"{prefix}file.driver=file,{prefix}file.filename=/dev/fdset/{set},{prefix}file.locking=off"]
+                fds.append(fd)
+            args += ["-blockdev", ",".join(options), "-device", f"virtio-blk-pci,drive=disk{n}"]
+        program = shutil.which(BINARY)
+        if program is None:
+            raise SubstrateUnavailable(f"no {BINARY}", reason=f"{BINARY} is not installed", fix=FIX)
+        return [program, *args], fds
+
+
+class Qmp:
+    """QEMU's control protocol: one JSON object a line. QEMU is believed no further than its syntax."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer, self._lock = reader, writer, asyncio.Lock()
+
+    @classmethod
+    async def connect(cls, path: str, timeout: float = 30.0) -> Qmp:
+        try:
+            async with asyncio.timeout(timeout):
+                reader, writer = await asyncio.open_unix_connection(path, limit=1 << 20)
+                qmp = cls(reader, writer)
+                await qmp._read()
+                await qmp.execute("qmp_capabilities")
+                return qmp
+        except TimeoutError:
+            raise Timeout(f"QEMU did not greet within {timeout} s") from None
+        except OSError as error:
+            raise SandboxFailed(f"cannot reach QEMU: {error}") from None
+
+    async def _read(self) -> dict[str, Any]:
+        try:
+            line = await self._reader.readline()
+            value = json.loads(line) if line else None
+        except (ValueError, OSError) as error:
+            raise SandboxFailed(f"QEMU's control socket: {error}") from None
+        if not isinstance(value, dict):
+            raise SandboxFailed("QEMU is gone")
+        return value
+
+    async def execute(self, command: str, timeout: float = 30.0, **arguments: Any) -> Any:
+        """The command's answer; SandboxFailed with QEMU's words if it refuses, Timeout if it does not answer."""
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
+        try:
+            async with self._lock, asyncio.timeout(timeout):
+                self._writer.write(json.dumps(request).encode() + b"\n")
+                while "event" in (answer := await self._read()):
+                    pass
+        except TimeoutError:
+            raise Timeout(f"QEMU did not answer {command} within {timeout} s") from None
+        if "return" not in answer:
+            raise SandboxFailed(f"QEMU refused {command}: {answer.get('error')}")
+        return answer["return"]
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Qemu:
+    """A running QEMU. Files of `folder`: agent.sock, qmp.sock, device (saved state), log (its standard error)."""
+
+    def __init__(self, pid: int, folder: Path, group: Cgroup | None) -> None:
+        self.pid, self.folder, self.group = pid, folder, group
+        self.started = started(pid)
+        self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._qmp: Qmp | None = None
+        self._connecting = asyncio.Lock()
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.end.set_result("QEMU had ended")
+        else:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
+
+    @classmethod
+    def start(cls, machine: Machine, folder: Path, home: Path, group: Cgroup | None, files: int = 0) -> Qemu:
+        """Starts it confined. `files`: MiB its own files may grow to. Raises SubstrateUnavailable or Capacity."""
+        confine = build.program(Path(__file__).with_name("confine.c"), home / "cache")
+        with contextlib.ExitStack() as stack:
+            qmp, port = (stack.enter_context(_listen(folder, name)) for name in ("qmp.sock", "agent.sock"))
+            state = os.open(folder / "device", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, state)
+            log = stack.enter_context((folder / "log").open("wb"))
+            command, fds = machine.argv(qmp.fileno(), port.fileno(), state)
+            walls = [str(confine), "--files", str((files + 16) << 20)]
+            walls += [part for path in (group.folders if group else []) for part in ("--cgroup", str(path))]
+            walls += ["--uid", str(group.base)] if group is not None and os.geteuid() == 0 else []
+            walls += ["--group", str(os.stat("/dev/kvm").st_gid)] if machine.accel == "kvm" else []
+            try:
+                process = subprocess.Popen(
+                    [*walls, "--", *command],
+                    pass_fds=fds,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    env={"PATH": os.defpath, "LANG": "C"},
+                    start_new_session=True,
+                )
+            except BlockingIOError as error:
+                raise Capacity(f"this host can start no more processes: {error}") from None
+        process.returncode = 0  # reaped by _exited, not by Popen
+        return cls(process.pid, folder, group)
+
+    def _exited(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        with contextlib.suppress(ChildProcessError):  # an adopted one is not our child
+            os.waitpid(self.pid, os.WNOHANG)
+        if not self.end.done():
+            self.end.set_result(self.why())
+
+    def why(self) -> str:
+        """QEMU's last words, or that the machine was switched off."""
+        with contextlib.suppress(OSError):
+            lines = (self.folder / "log").read_text(errors="replace")[-500:].strip().splitlines()
+            if lines:
+                return lines[-1]
+        killed = self.group is not None and self.group.stats().oom_kills
+        return "QEMU ran out of its memory" if killed else "the machine is off"
+
+    async def qmp(self) -> Qmp:
+        """The control socket, connected when first needed."""
+        async with self._connecting:
+            if self._qmp is None:
+                with reachable(self.folder, "qmp.sock") as path:
+                    self._qmp = await Qmp.connect(path)
+        return self._qmp
+
+    async def console(self) -> str:
+        """The last lines the guest wrote to its console, for error messages; "" when QEMU does not tell."""
+        try:
+            text = await (await self.qmp()).execute("ringbuf-read", 2.0, device="console", size=65536)
+        except (SandboxFailed, Timeout):
+            return ""
+        return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text)[-2000:]).strip()
+
+    def save_memory(self, target: Path) -> None:
+        """Copies a stopped machine's memory, as it sees it, into the sparse file `target`."""
+        zeros = bytes(1 << 16)
+        with open(f"/proc/{self.pid}/mem", "rb", 0) as memory, target.open("xb") as file:
+            parts = []
+            for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
+                span, _, offset, *_ = line.split()
+                if "/memfd:dsec-ram" in line:
+                    start, end = (int(x, 16) for x in span.split("-"))
+                    parts.append((int(offset, 16), start, end))
+            size = 0
+            for offset, start, end in sorted(parts):
+                if offset != size:
+                    raise SandboxFailed(f"QEMU's memory is mapped with a hole: {parts}")
+                size += end - start
+                for at in range(start, end, len(zeros)):
+                    piece = os.pread(memory.fileno(), min(len(zeros), end - at), at)
+                    if piece != zeros[: len(piece)]:
+                        os.pwrite(file.fileno(), piece, offset + at - start)
+            file.truncate(size)
+
+    async def save_devices(self, target: Path) -> None:
+        """Writes a stopped machine's device state to `target`."""
+        os.truncate(self.folder / "device", 0)
+        await (await self.qmp()).execute("xen-save-devices-state", filename=f"/dev/fdset/{_STATE}", live=False)
+        await asyncio.to_thread(shutil.copyfile, self.folder / "device", target)
+
+    async def kill(self) -> None:
+        """SIGKILL, and waits for the end (at most 5 s: then the kernel is stuck with it)."""
+        if not self.end.done():
+            with contextlib.suppress(ProcessLookupError, OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self.end), 5)
+        if self._qmp is not None:
+            self._qmp.close()
+
+
+def started(pid: int) -> int:
+    """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+@contextlib.contextmanager
+def reachable(folder: Path, name: str) -> Iterator[str]:
+    """A path to a unix socket in `folder`; one over 107 bytes goes through the folder's descriptor."""
+    path = os.fspath(folder / name)
+    if len(os.fsencode(path)) < 108:
+        yield path
+        return
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def _listen(folder: Path, name: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    with reachable(folder, name) as path:
+        listener.bind(path)
+    listener.listen(4)
+    return listener
