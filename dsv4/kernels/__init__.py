@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv4 import numerics
 from dsv4.kernels import reference
 from dsv4.kernels.cpu import attend as _cpu_attend
 from dsv4.kernels.cpu import attention as _cpu_attention
@@ -19,7 +20,7 @@ from dsv4.kernels.cpu import hyper_connections as _cpu_hc
 from dsv4.kernels.cpu import linear as _cpu_linear
 from dsv4.kernels.cpu import rope as _cpu_rope
 from dsv4.kernels.reference import collapse, stream_logits, swiglu, top_mask
-from dsv4.numerics import Packed, packed_experts, packed_linear
+from dsv4.numerics import Packed
 
 __all__ = [
     "attend",
@@ -79,7 +80,7 @@ def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:
     """x [..., in], weight [out, in] -> x W^T [..., out]. ``wide``: multiplied and returned in float32, whatever the two
     are stored in. `numerics.packed_linear` is the specification for packed weights."""
     if isinstance(weight, Packed):
-        return packed_linear(x, weight)
+        return (_cpu_linear if _cpu_linear.packed_usable(x, weight) else numerics).packed_linear(x, weight)
     if wide and x.dtype != weight.dtype:
         x, weight = x.float(), weight.float()
     if _cpu_linear.usable(x, weight):
@@ -91,19 +92,23 @@ def grouped_linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
     """x [..., G, in], weight [G * out, in] -> [..., G, out]: every group through its own matrix. A packed weight is
     expanded and x is not rounded, as the official converter does with wo_a."""
     if isinstance(weight, Packed):
-        weight = weight.dequantise(x.dtype)
-    weight = weight.view(x.shape[-2], -1, weight.shape[-1])
-    if _cpu_linear.usable(x, weight):
+        usable = x.dtype == torch.bfloat16 and _cpu_linear.packed_usable(x, weight)
+        if usable and not _cpu_linear.worth_a_copy(x):
+            return _cpu_linear.grouped_linear(x, weight)
+        weight = _cpu_linear.expanded(weight) if usable else weight.dequantise(x.dtype)
+    elif _cpu_linear.usable(x, weight):
         return _cpu_linear.grouped_linear(x, weight)
     rows = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
-    return torch.bmm(rows, weight.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return torch.bmm(rows, weight.view(x.shape[-2], -1, weight.shape[-1]).mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
 def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     """Every token through its own experts; `reference.routed_experts` is the specification, `numerics.packed_experts`
     for packed or streamed stacks."""
     if not isinstance(w1, Tensor):
-        return packed_experts(x, experts, weights, w1, w2, w3, limit)
+        first = w1[int(experts[0, 0])]
+        usable = x.dtype == torch.bfloat16 and w2.shape[-1] % 32 == 0 and _cpu_linear.packed_usable(x, first)
+        return (_cpu_linear if usable else numerics).packed_experts(x, experts, weights, w1, w2, w3, limit)
     backend = _cpu_linear if _cpu_linear.plain(x, w1, w2, w3) else reference
     return backend.routed_experts(x, experts, weights, w1, w2, w3, limit)
 

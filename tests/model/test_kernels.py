@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv4 import kernels
+from dsv4 import kernels, numerics
 from dsv4.kernels import reference
 from dsv4.kernels.cpu import attend, attention, hyper_connections, library, linear, rope
 
@@ -95,7 +95,7 @@ def near(ours: Tensor, wanted: Tensor, dtype: torch.dtype, roundings: int = 1) -
 def test_linear(rows: int, groups: int, out: int, width: int, dtype: torch.dtype, wide: bool) -> None:
     """Odd sizes, one row and many; ``wide`` keeps float32 where bf16 would round."""
     x, w = normal(rows, groups, width).to(dtype), (normal(groups, out, width, seed=1) * width**-0.5).to(dtype)
-    y = linear.grouped_linear(x, w, wide)
+    y = linear.grouped_linear(x, w.flatten(0, 1), wide)
     assert y.dtype == (torch.float32 if wide else dtype)
     near(y, torch.einsum("mgk,gnk->mgn", x.double(), w.double()), torch.float32 if wide else dtype)
 
@@ -137,6 +137,67 @@ def test_a_row_does_not_know_its_batch(dtype: torch.dtype) -> None:
                 assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole))
     finally:
         torch.set_num_threads(threads)
+
+
+def packed(shape: tuple[int, ...], form: numerics.Format, seed: int) -> numerics.Packed:
+    """Random bytes, so that every code occurs, and scales of many sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    elements = torch.randint(256, form.packed(shape), generator=generator, dtype=torch.uint8)
+    if form.per_byte == 1:
+        elements[(elements & 127) == 127] = 0  # NaN
+    scale = torch.randint(118, 132, form.scales(shape), generator=generator, dtype=torch.uint8)
+    scale.flatten()[0] = 3  # and one far out
+    if form.scale == "F32":
+        return numerics.Packed(elements, (scale.int() << 23).view(torch.float32), form)
+    return numerics.Packed(elements, scale, form)
+
+
+FORMS = st.sampled_from([numerics.FP4, numerics.FP8, numerics.FP8_BASE])
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 80), st.integers(1, 300), st.integers(1, 9), FORMS, DTYPES)
+def test_packed_linear(rows: int, out: int, chunks: int, form: numerics.Format, dtype: torch.dtype) -> None:
+    """FP4 and FP8 weights as they are stored, against their exact values in float64; inputs rounded alike."""
+    x, w = (
+        (normal(rows, 32 * chunks) * torch.logspace(-6, 3, rows)[:, None]).to(dtype),
+        packed((out, 32 * chunks), form, rows),
+    )
+    x[0, 0], x[-1, -1] = 448 * 2**-6, 0
+    seen = linear.rounded(x)
+    assert torch.equal(seen.float(), numerics.rounded(x.float(), numerics.ACTIVATION))
+    assert torch.equal(linear.expanded(w).float(), w.dequantise())
+    ours, wanted = linear.packed_linear(x, w), seen.double() @ w.dequantise(torch.float64).T
+    largest = seen.double().abs() @ w.dequantise(torch.float64).abs().T  # cancellation costs digits
+    assert ((ours.double() - wanted).abs() <= (1e-6 if dtype == torch.float32 else 2**-8) * largest + 1e-30).all()
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 140), FORMS)
+def test_packed_groups_do_not_round_their_input(rows: int, groups: int, out: int, form: numerics.Format) -> None:
+    """As the output projection's wo_a is used; blocks of scales may cross groups."""
+    x, w = normal(rows, groups, 64).bfloat16(), packed((groups * out, 64), form, rows)
+    w.scale[w.scale == 3] = 120
+    values = w.dequantise(torch.float64).view(groups, out, 64)
+    near(linear.grouped_linear(x, w), torch.einsum("mgk,gnk->mgn", x.double(), values), torch.bfloat16)
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 40), st.integers(1, 4), st.sampled_from([numerics.FP4, numerics.FP8]))
+def test_packed_experts(rows: int, choices: int, form: numerics.Format) -> None:
+    """Against the specification; an input of the second product may fall on the other side of a rounding edge."""
+    stacks = [packed(shape, form, i) for i, shape in enumerate([(6, 96, 64), (6, 64, 96), (6, 96, 64)])]
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 64, generator=generator).bfloat16()
+    experts = torch.rand(rows, 6, generator=generator).argsort(1)[:, :choices]
+    weights = torch.rand(rows, choices, generator=generator)
+    ours = linear.packed_experts(x, experts, weights, *stacks, 7.0)
+    wanted = numerics.packed_experts(x, experts, weights, *stacks, 7.0)
+    assert (ours - wanted).abs().mean() <= 2**-9 * wanted.abs().mean()
+    assert (ours - wanted).abs().max() <= 2**-5 * wanted.abs().max()
 
 
 def spread(tokens: int, entries: int) -> tuple[Tensor, Tensor]:

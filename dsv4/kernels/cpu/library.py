@@ -110,13 +110,15 @@ def parts_of(rows: int, grain: int = 256) -> int:
     return max(1, min(torch.get_num_threads(), rows // grain))
 
 
-def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None) -> None:
     """The C++ function ``name`` for float32 or bfloat16. Tensors go as addresses, int as long, float as float."""
     function = getattr(library(), f"{name}_{'f32' if dtype == torch.float32 else 'bf16'}")
     converted: list[object] = []
     for value in arguments:
         if isinstance(value, torch.Tensor):
             converted.append(ctypes.c_void_p(value.data_ptr()))
+        elif value is None:
+            converted.append(None)
         else:
             converted.append(ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value))
     function(*converted)

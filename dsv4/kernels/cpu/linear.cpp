@@ -1,12 +1,12 @@
-// Products of rows with the rows of a weight (both contiguous along the reduction): linear layers and experts, any row count.
+// Products of rows with the rows of a weight: linear layers and experts, any row count, plain or packed weights.
 #include <vector>
 
-#include "lanes.h"
+#include "weights.h"
 
 namespace {
 
 constexpr long PANEL = 20 << 10;  // bytes
-constexpr long BLOCK = 64;  // rows of x that stay in the second-level cache while the weight passes by
+constexpr long BLOCK = 64;        // rows of x that stay in the second-level cache while the weight passes by
 
 // Scratch of a thread: 64-byte aligned, grown and never given back.
 template <class S>
@@ -19,21 +19,19 @@ S* scratch(int which, long count) {
 
 // x[m] . w[n] for m in [m0, m1), n in [n0, n1); `row(m)` says where x[m] lies, `emit(m, n, sums, count)` takes `count` results
 // of one row from column n on.
-template <class S, class Row, class Emit>
-inline void product(Row row, const S* w, long m0, long m1, long n0, long n1, long K, Emit emit) {
-    const long size = packed4<S>(K);
+template <class W, class Row, class Emit>
+inline void product(Row row, const W& w, long m0, long m1, long n0, long n1, Emit emit) {
+    typedef typename W::X S;
+    const long K = w.K, size = packed4<S>(K);
     for (long mb = m0; mb < m1; mb += BLOCK) {
         long top = std::min(mb + BLOCK, m1);
         if (top - mb < 4) {
-            for (long n = n0; n < n1; n += 16) {
-                const S* b[16];
-                for (int c = 0; c < 16; c++) b[c] = w + std::min(n + c, n1 - 1) * K;
+            for (long n = n0; n < n1; n += 16)
                 for (long m = mb; m < top; m++) {
                     float s[16];
-                    store16(s, dots(row(m), b, K));
+                    store16(s, w.dots(row(m), n, n1));
                     emit(m, n, s, std::min(n1 - n, 16L));
                 }
-            }
             continue;
         }
         // A panel of the weight stays in the first-level cache, the block of x in the second.
@@ -46,11 +44,7 @@ inline void product(Row row, const S* w, long m0, long m1, long n0, long n1, lon
         }
         for (long np = n0; np < n1; np += 4 * panel) {
             long end = std::min(np + 4 * panel, n1);
-            for (long n = np; n < end; n += 4) {
-                const S* rows[4];
-                for (int c = 0; c < 4; c++) rows[c] = w + std::min(n + c, n1 - 1) * K;
-                pack4(rows, b + (n - np) / 4 * size, K);
-            }
+            for (long n = np; n < end; n += 4) w.pack(n, n1, b + (n - np) / 4 * size);
             for (long m = mb; m < top; m += 4)
                 for (long n = np; n < end; n += 4) {
                     float s[16];
@@ -61,28 +55,29 @@ inline void product(Row row, const S* w, long m0, long m1, long n0, long n1, lon
     }
 }
 
-// x [M, G, K], w [G, N, K] -> y [M, G, N]: G groups side by side (1 for a plain linear layer).
-template <class S, class T>
-void linear(const S* x, const S* w, T* y, long M, long N, long K, long G) {
+// x [M, G, K], G weights [N, K] one behind the other -> y [M, G, N] (G = 1: a plain linear layer).
+template <class W, class T>
+void linear(const typename W::X* x, const void* elements, const void* scale, T* y, long M, long N, long K, long G) {
     long work = M * N * K * G, columns = N >= 64 && M < 4 * BLOCK ? std::max<long>(1, N / 64) : 1, rows = (M + BLOCK - 1) / BLOCK;
 #pragma omp parallel for collapse(3) schedule(dynamic) if (work > 100000)
     for (long g = 0; g < G; g++)
         for (long c = 0; c < columns; c++)
             for (long m = 0; m < rows; m++) {
                 long n0 = N * c / columns & ~15L, n1 = c + 1 == columns ? N : N * (c + 1) / columns & ~15L;
-                product(
-                    [=](long r) { return x + (r * G + g) * K; }, w + g * N * K, m * BLOCK, std::min((m + 1) * BLOCK, M), n0, n1, K,
-                    [=](long r, long n, const float* s, long count) {
-                        for (long i = 0; i < count; i++) store(y, (r * G + g) * N + n + i, s[i]);
-                    });
+                product([=](long r) { return x + (r * G + g) * K; }, W(elements, scale, K), m * BLOCK, std::min((m + 1) * BLOCK, M),
+                        g * N + n0, g * N + n1, [=](long r, long n, const float* s, long count) {
+                            for (long i = 0; i < count; i++) store(y, r * G * N + n + i, s[i]);
+                        });
             }
 }
 
-// out [M, D] += sum over a token's experts of W2 (weight * swiglu(W1 x, W3 x)); owner, weight [M, K]; w1, w3 [E, I, D]; w2 [E, D, I].
-// Each token adds its experts in ascending order of their number, in float32.
-template <class S>
-void experts(const S* x, const float* weight, const long long* owner, const S* w1, const S* w2, const S* w3, float* out, long M, long K,
-             long E, long D, long I, float limit) {
+// out [M, D] += sum over a token's experts of W2 (weight * swiglu(W1 x, W3 x)); owner, weight [M, K]. at[6 e ...]: where expert e has
+// the elements of w1, w2, w3 and their scales. Each token adds its experts in ascending order of their number, in float32.
+template <class W>
+void experts(const typename W::X* x, const float* weight, const int64_t* owner, const void* const* at, float* out, long M, long K, long E,
+             long D, long I, float limit) {
+    typedef typename W::X S;
+    constexpr bool packed = !std::is_same<W, Plain<S>>::value;
     std::vector<long> start(E + 1), place(M * K);
     for (long i = 0; i < M * K; i++) start[owner[i] + 1]++;
     for (long e = 0; e < E; e++) start[e + 1] += start[e];
@@ -90,69 +85,106 @@ void experts(const S* x, const float* weight, const long long* owner, const S* w
     for (long i = 0; i < M * K; i++) place[next[owner[i]]++] = i;  // pairs (token, choice) sorted by expert
     struct Part { long e, m0, m1, n0, n1; };
     std::vector<Part> parts;
-    const long columns = M * K < 4 * BLOCK ? 4 : 1;  // few rows: split the inner width instead, so that threads share an expert
+    const long columns = M * K < 4 * BLOCK ? std::max<long>(1, I / 64) : 1;  // few rows: threads share an expert
     for (long e = 0; e < E; e++)
         for (long m = start[e]; m < start[e + 1]; m += BLOCK)
             for (long c = 0; c < columns; c++)
                 parts.push_back({e, m, std::min(m + BLOCK, start[e + 1]), I * c / columns & ~15L,
                                  c + 1 == columns ? I : I * (c + 1) / columns & ~15L});
-    std::vector<S> hidden(M * K * I);
-    const long* at = place.data();
-    S* h = hidden.data();
+    std::vector<S> hidden(M * K * I), rounded(packed ? M * K * I : 0);
+    const long* pair = place.data();
+    S *h = hidden.data(), *second = packed ? rounded.data() : h;
 #pragma omp parallel if (M * K * D * I > 30000)
     {
-        std::vector<float> gate(BLOCK * I);
-        float* g = gate.data();
+        std::vector<S> gate(BLOCK * I);
+        S* g = gate.data();
 #pragma omp for schedule(dynamic)
         for (size_t p = 0; p < parts.size(); p++) {
             auto [e, m0, m1, n0, n1] = parts[p];
-            auto row = [=](long m) { return x + at[m] / K * D; };
-            product(row, w1 + e * I * D, m0, m1, n0, n1, D, [=](long m, long n, const float* s, long count) {
-                for (long i = 0; i < count; i++) g[(m - m0) * I + n + i] = s[i];
+            auto row = [=](long m) { return x + pair[m] / K * D; };
+            product(row, W(at[6 * e], at[6 * e + 3], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
+                for (long i = 0; i < count; i++) store(g, (m - m0) * I + n + i, s[i]);
             });
-            product(row, w3 + e * I * D, m0, m1, n0, n1, D, [=](long m, long n, const float* s, long count) {
+            product(row, W(at[6 * e + 2], at[6 * e + 5], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
                 for (long i = 0; i < count; i++) store(h, m * I + n + i, s[i]);
             });
             for (long m = m0; m < m1; m++)
                 for (long n = n0; n < n1; n += 16) {
                     long count = std::min(n1 - n, 16L);
                     float a[16] = {}, b[16];
-                    for (long i = 0; i < count; i++) a[i] = std::min(g[(m - m0) * I + n + i], limit);
-                    vec v = load16(a), s = v / (1.0f + exp16(-(v > 0 ? v : -v)));  // silu: v sigmoid(v), by |v|
-                    s = v > 0 ? s : s * exp16(v < 0 ? v : -v);
-                    store16(b, s);
+                    for (long i = 0; i < count; i++) a[i] = std::min(load(g, (m - m0) * I + n + i), limit);
+                    vec v = load16(a), decay = exp16(v > 0 ? -v : v);  // silu(v) = v sigmoid(v), by |v|
+                    store16(b, (v > 0 ? v : v * decay) / (1.0f + decay));
                     for (long i = 0; i < count; i++) {
                         float up = load(h, m * I + n + i);
                         up = up > limit ? limit : up < -limit ? -limit : up;
-                        store(h, m * I + n + i, b[i] * up * weight[at[m]]);
+                        store(h, m * I + n + i, b[i] * up * weight[pair[m]]);
                     }
                 }
+        }
+        if constexpr (packed) {
+#pragma omp for schedule(static)
+            for (long m = 0; m < M * K; m++) round_row(h + m * I, second + m * I, I);
         }
         // Threads own columns of the result, so that no two ever add to one number.
         const long wide = std::max<long>(1, D / 64);
 #pragma omp for schedule(dynamic)
         for (long c = 0; c < wide; c++) {
             long n0 = D * c / wide & ~15L, n1 = c + 1 == wide ? D : D * (c + 1) / wide & ~15L;
-            for (long e = 0; e < E; e++)
-                product([=](long m) { return h + m * I; }, w2 + e * D * I, start[e], start[e + 1], n0, n1, I,
+            for (long e = 0; e < E; e++) {
+                if (start[e] == start[e + 1]) continue;
+                product([=](long m) { return second + m * I; }, W(at[6 * e + 1], at[6 * e + 4], I), start[e], start[e + 1], n0, n1,
                         [=](long m, long n, const float* s, long count) {
-                            for (long i = 0; i < count; i++) out[at[m] / K * D + n + i] += s[i];
+                            for (long i = 0; i < count; i++) out[pair[m] / K * D + n + i] += s[i];
                         });
+            }
         }
     }
 }
 
 }  // namespace
 
-#define LINEAR(S, T, suffix)                                                                                    \
-    extern "C" void linear_##suffix(const S* x, const S* w, T* y, long M, long N, long K, long G) { linear(x, w, y, M, N, K, G); }
-LINEAR(float, float, f32)
-LINEAR(bf16, bf16, bf16)
-LINEAR(bf16, float, wide_bf16)
-#define EXPERTS(S, suffix)                                                                                                           \
-    extern "C" void experts_##suffix(const S* x, const float* weight, const long long* owner, const S* w1, const S* w2, const S* w3, \
-                                     float* out, long M, long K, long E, long D, long I, float limit) {                             \
-        experts(x, weight, owner, w1, w2, w3, out, M, K, E, D, I, limit);                                                            \
+#define LINEAR(W, T, suffix)                                                                                                              \
+    extern "C" void linear_##suffix(const W::X* x, const void* w, const void* scale, T* y, long M, long N, long K, long G) {              \
+        linear<W, T>(x, w, scale, y, M, N, K, G);                                                             \
     }
-EXPERTS(float, f32)
-EXPERTS(bf16, bf16)
+#define EXPERTS(W, suffix)                                                                                                                \
+    extern "C" void experts_##suffix(const W::X* x, const float* weight, const int64_t* owner, const void* const* at, float* out, long M, \
+                                     long K, long E, long D, long I, float limit) {                                                      \
+        experts<W>(x, weight, owner, at, out, M, K, E, D, I, limit);                                                                      \
+    }
+LINEAR(Plain<float>, float, f32)
+LINEAR(Plain<bf16>, bf16, bf16)
+LINEAR(Plain<bf16>, float, wide_bf16)
+LINEAR(Fp4, bf16, fp4_bf16)
+LINEAR(Fp8, bf16, fp8_bf16)
+LINEAR(Fp4, float, fp4_f32)
+LINEAR(Fp8, float, fp8_f32)
+EXPERTS(Plain<float>, f32)
+EXPERTS(Plain<bf16>, bf16)
+EXPERTS(Fp4, fp4_bf16)
+EXPERTS(Fp8, fp8_bf16)
+
+// The exact values of rows [0, N) in bf16, for torch's product when there are many rows of x.
+template <class W>
+void expand(const void* elements, const void* scale, bf16* out, long N, long K) {
+    W w(elements, scale, K);
+#pragma omp parallel for
+    for (long n = 0; n < N; n += 4) {
+        bf16* four = scratch<bf16>(0, 4 * K);
+        w.pack(n, N, four);
+        for (long k = 0; k < K; k += 32)
+            for (long r = 0; r < 4 && n + r < N; r++) memcpy((void*)(out + (n + r) * K + k), four + 4 * k + 32 * r, 64);
+    }
+}
+extern "C" void expand_fp4_bf16(const void* w, const void* scale, bf16* out, long N, long K) { expand<Fp4>(w, scale, out, N, K); }
+extern "C" void expand_fp8_bf16(const void* w, const void* scale, bf16* out, long N, long K) { expand<Fp8>(w, scale, out, N, K); }
+
+extern "C" void round_rows_f32(const float* x, bf16* out, long M, long K) {
+#pragma omp parallel for if (M * K > 100000)
+    for (long m = 0; m < M; m++) round_row(x + m * K, out + m * K, K);
+}
+extern "C" void round_rows_bf16(const bf16* x, bf16* out, long M, long K) {
+#pragma omp parallel for if (M * K > 100000)
+    for (long m = 0; m < M; m++) round_row(x + m * K, out + m * K, K);
+}

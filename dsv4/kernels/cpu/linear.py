@@ -8,13 +8,16 @@ DSV4_EXACT asks for results that are the same to the bit in every batch.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4.kernels.cpu.library import call, library
+from dsv4.numerics import Packed
 
-_MANY = 48
+_MANY, _COPY = 48, 256
 EXACT = os.environ.get("DSV4_EXACT", "0") not in ("", "0")
 
 
@@ -34,17 +37,22 @@ def usable(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; float32 when ``wide``."""
-    return grouped_linear(x.unsqueeze(-2), weight.unsqueeze(0), wide).squeeze(-2)
+    return grouped_linear(x.unsqueeze(-2), weight, wide).squeeze(-2)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
-    """x [..., G, in], weight [G, out, in] -> [..., G, out]."""
+def grouped_linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:
+    """x [..., G, in], weight [G * out, in] -> [..., G, out]. A packed weight here does not round x."""
     x = x.contiguous()
-    groups, out, width = weight.shape
+    groups, width, out = *x.shape[-2:], weight.shape[0] // x.shape[-2]
+    if isinstance(weight, Packed):
+        y = x.new_empty(*x.shape[:-1], out)
+        sizes = (x.numel() // (groups * width), out, width, groups)
+        call(f"linear_{_name(weight)}", x.dtype, x, weight.elements, powers(weight), y, *sizes)
+        return y
     wide = wide and x.dtype != torch.float32
     y = torch.empty(*x.shape[:-1], out, dtype=torch.float32 if wide else x.dtype)
     name = "linear_wide" if wide else "linear"
-    call(name, x.dtype, x, weight, y, x.numel() // (groups * width), out, width, groups)
+    call(name, x.dtype, x, weight, 0, y, x.numel() // (groups * width), out, width, groups)
     return y
 
 
@@ -52,8 +60,83 @@ def routed_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float
 ) -> Tensor:
     """See the reference of the same name; here a token adds its experts in the order of their numbers."""
+    size = w1[0].numel() * w1.element_size()
+    numbers = torch.arange(w1.shape[0])
+    table = torch.stack([w.data_ptr() + numbers * size for w in (w1, w2, w3)] + [torch.zeros_like(numbers)] * 3, 1)
+    return _experts("experts", x, experts, weights, table, w1.shape[1], limit)
+
+
+def _experts(name: str, x: Tensor, experts: Tensor, weights: Tensor, table: Tensor, inner: int, limit: float) -> Tensor:
     rows, choices = experts.shape
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
     out = torch.zeros(rows, x.shape[-1])
-    call("experts", x.dtype, x, weights, experts, w1, w2, w3, out, rows, choices, *w1.shape[::2], w1.shape[1], limit)
+    call(name, x.dtype, x, weights, experts, table, out, rows, choices, len(table), x.shape[-1], inner, limit)
     return out
+
+
+def packed_usable(x: Tensor, weight: Packed, *others: Packed) -> bool:
+    """Rows of a multiple of 32 elements, scales that are powers of two, no gradient, a CPU and a compiled library."""
+    kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
+    fits = all(w.shape[-1] % 32 == 0 and powers(w) is not None for w in (weight, *others))
+    return kind and fits and not (torch.is_grad_enabled() and x.requires_grad) and library() is not None
+
+
+def powers(weight: Packed) -> Tensor | None:
+    """The scales as biased exponents (uint8), or None where one is no power of two (a Base model's are float32)."""
+    scale = weight.scale
+    if scale.dtype == torch.uint8:
+        return scale
+    if "powers" not in weight.__dict__:
+        words = scale.view(torch.int32)
+        exact = not bool((words & 0x807FFFFF).any())
+        weight.__dict__["powers"] = (words >> 23).to(torch.uint8) if exact else None
+    found: Tensor | None = weight.__dict__["powers"]
+    return found
+
+
+def _name(weight: Packed) -> str:
+    return "fp4" if weight.form.per_byte == 2 else "fp8"
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x [..., in] in E4M3 blocks of 128 channels, as bf16 (exact): `numerics.rounded(x, ACTIVATION)`."""
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    call("round_rows", x.dtype, x, out, x.numel() // x.shape[-1], x.shape[-1])
+    return out
+
+
+def packed_linear(x: Tensor, weight: Packed) -> Tensor:
+    """See `numerics.packed_linear`: the weight is read as it is stored. For many rows it is worth a copy in bf16."""
+    (out, width), rows = weight.shape, x.numel() // x.shape[-1]
+    if worth_a_copy(x):
+        return F.linear(rounded(x), expanded(weight))
+    y = x.new_empty(*x.shape[:-1], out)
+    call(f"linear_{_name(weight)}", x.dtype, rounded(x), weight.elements, powers(weight), y, rows, out, width, 1)
+    return y
+
+
+def worth_a_copy(x: Tensor) -> bool:
+    """So many rows that torch's product and an expanded weight are faster."""
+    return x.dtype == torch.bfloat16 and x.numel() >= _COPY * x.shape[-1] and not EXACT
+
+
+def expanded(weight: Packed) -> Tensor:
+    """The exact values of a matrix in bf16 [out, in]."""
+    values = torch.empty(weight.shape, dtype=torch.bfloat16)
+    call(f"expand_{_name(weight)}", values.dtype, weight.elements, powers(weight), values, *weight.shape)
+    return values
+
+
+def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
+    """See `numerics.packed_experts`; a streamed stack gives only the experts that are asked for, which stay until the
+    product is done."""
+    table = torch.zeros(w1.shape[0], 6, dtype=torch.int64)
+    held = []
+    for e in experts.unique().tolist():
+        one = [w[e] for w in (w1, w2, w3)]
+        scales = [powers(w) for w in one]
+        held.append((one, scales))
+        pointers = [w.elements.data_ptr() for w in one] + [s.data_ptr() for s in scales if s is not None]
+        table[e] = torch.tensor(pointers)
+    return _experts(f"experts_{_name(one[0])}", rounded(x), experts, weights, table, w1.shape[1], limit)
