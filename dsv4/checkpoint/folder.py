@@ -48,21 +48,28 @@ class Folder:
     def quantised(self) -> bool:
         return any(place.form for place in self.places.values())
 
-    def read(self, name: str) -> torch.Tensor | Packed:
-        """A tensor as it is stored: float or int64, or `Packed` with its scales checked."""
+    def read(self, name: str, into: torch.Tensor | Packed | None = None) -> torch.Tensor | Packed:
+        """A tensor as it is stored: float or int64, or `Packed` and checked. ``into`` takes it where it is given."""
         place = self.places[name]
-        data = self._tensor(place.stored, place.index)
         if place.form is None or place.scale is None:
-            return data
-        packed = Packed(data, self._tensor(place.scale), place.form)
+            assert not isinstance(into, Packed), name
+            return self._tensor(place.stored, place.index, into)
+        slot = into if isinstance(into, Packed) else None
+        elements = self._tensor(place.stored, place.index, slot.elements if slot else None)
+        scale = self._tensor(place.scale, (), slot.scale if slot else None)
+        packed = slot or Packed(elements, scale, place.form)
         with self._blame(name):
             packed.check()
         return packed
 
-    def values(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The exact values; quantised ones in ``dtype``, others as stored."""
-        data = self.read(name)
-        return data if isinstance(data, torch.Tensor) else data.dequantise(dtype)
+    def fill(self, name: str, target: torch.Tensor) -> None:
+        """The exact values into ``target``, rounded only where its dtype is narrower than what is stored."""
+        if self.places[name].form is None:
+            self.read(name, target)
+        else:
+            packed = self.read(name)
+            assert isinstance(packed, Packed), name
+            target.copy_(packed.dequantise(target.dtype))
 
     @contextmanager
     def _blame(self, name: str) -> Iterator[None]:
@@ -75,10 +82,10 @@ class Folder:
         """Every name, in the order in which a disk reads fastest."""
         return sorted(self.places, key=lambda n: (self.places[n].stored.file, self.places[n].stored.offset))
 
-    def _tensor(self, spec: Stored, index: Index = ()) -> torch.Tensor:
+    def _tensor(self, spec: Stored, index: Index, out: torch.Tensor | None) -> torch.Tensor:
         if spec.file not in self._open:
             self._open[spec.file] = spec.file.open("rb")
-        return read_tensor(spec, self._open[spec.file], index)
+        return read_tensor(spec, self._open[spec.file], index, out)
 
     def __enter__(self) -> Folder:
         return self

@@ -38,14 +38,10 @@ def load_native(folder: Folder, device: str | torch.device, expert_memory: int |
     state = model.state_dict()
     for name in folder.in_file_order():
         parameter, position = home(name)
-        if parameter not in packed and parameter not in state:
-            continue  # an expert that stays on disk
-        data = folder.read(name)
-        if isinstance(data, Packed):
-            packed[parameter].elements[position].copy_(data.elements)
-            packed[parameter].scale[position].copy_(data.scale)
-        else:
-            state[parameter][position].copy_(data)
+        if parameter in packed:
+            folder.read(name, packed[parameter][position[0]] if position else packed[parameter])  # type: ignore[index]
+        elif parameter in state:  # others are experts that stay on disk
+            folder.read(name, state[parameter][position])
     round_rows(model, config)
     return model
 

@@ -42,8 +42,7 @@ def load(
             state = model.state_dict()
             for name in folder.in_file_order():
                 parameter, position = home(name)
-                target = state[parameter][position]
-                target.copy_(folder.values(name, target.dtype))
+                folder.fill(name, state[parameter][position])
     _check_tables(folder.config, model.state_dict())
     return model
 

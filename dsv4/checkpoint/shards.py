@@ -76,18 +76,21 @@ def read_header(file: Path) -> list[Stored]:
     return found
 
 
-def read_tensor(spec: Stored, stream: BinaryIO, index: Index = ()) -> torch.Tensor:
-    """``tensor[index]`` of the tensor that ``spec`` describes, from its open file; reads no other part of it."""
+def read_tensor(spec: Stored, stream: BinaryIO, index: Index = (), out: torch.Tensor | None = None) -> torch.Tensor:
+    """``tensor[index]`` of the tensor that ``spec`` describes, from its open file; reads no other part of it. Into
+    ``out`` where that is given, without a copy if it can hold the bytes as they are."""
     shape, begin, whole = piece_shape(spec.shape, index), 0, spec.shape
     for depth, position in enumerate(index):
         first = position if isinstance(position, int) else range(whole[depth])[position].start
         begin += first * math.prod(whole[depth + 1 :])
-    width = spec.nbytes // max(spec.numel, 1)
-    data = bytearray(math.prod(shape) * width)
-    stream.seek(spec.offset + begin * width)
-    if stream.readinto(data) != len(data):  # type: ignore[attr-defined]
+    dtype = TORCH[spec.dtype]
+    direct = out is not None and out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
+    data = out if out is not None and direct else torch.empty(shape, dtype=dtype)
+    stream.seek(spec.offset + begin * BYTES[spec.dtype])
+    room = data.view(-1).view(torch.uint8).numpy().data
+    if stream.readinto(room) != room.nbytes:  # type: ignore[attr-defined]
         raise ValueError(f"{spec.file} was truncated while it was read, at {spec.name}")
-    return torch.frombuffer(data, dtype=TORCH[spec.dtype]).reshape(shape)
+    return data if out is None or direct else out.copy_(data)
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -178,18 +181,20 @@ def write_shard(file: Path, shard: list[Source], wrote: Callable[[int], None] = 
     # Widest elements first: every tensor is then aligned to its own element size, as readers that map the file need.
     shard = sorted(shard, key=lambda source: (-BYTES[source.spec.dtype], source.spec.name))
     raw = header(shard)
-    with file.open("wb") as stream:
+    with file.open("wb", buffering=0) as stream:
         wrote(stream.write(struct.pack("<Q", len(raw)) + raw))
         for source in shard:
             spec, size = source.spec, 0
             for part in source.parts():
                 data = part.detach().to("cpu", TORCH[spec.dtype]).contiguous().view(-1).view(torch.uint8).numpy().data
+                size += data.nbytes
                 try:
-                    stream.write(data)
+                    while data.nbytes:  # unbuffered: a disk that is full says so here, and may take a part
+                        taken = stream.write(data)
+                        wrote(taken)
+                        data = data[taken:]
                 except OSError as error:
                     raise OSError(error.errno, f"{error.strerror} at {spec.name} in {file}") from error
-                wrote(data.nbytes)
-                size += data.nbytes
             assert size == spec.nbytes, (spec, size)
 
 
