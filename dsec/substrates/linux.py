@@ -31,7 +31,7 @@ _EXTRACT = (
 
 # PID 1 of every machine of ours. It waits for the agent in the foreground, and so reaps whatever is orphaned; when the
 # agent is gone the machine is, because QEMU runs with -no-reboot. Words "dsec.name=value" of the kernel's command line
-# become variables: port, root (file system of /dev/vda), size (of the writable layer), boot.
+# become variables: layers (how many disks, the lowest first), size (MiB that may be written), boot.
 INIT = r"""#!/bin/busybox sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
 /bin/busybox mkdir -p /proc /sys /dev /run /tmp /root /etc /lower /upper /new /usr/bin /usr/sbin /sbin
@@ -63,13 +63,17 @@ $b hostname dsec; $b ifconfig lo up; $b chmod 1777 /tmp
 $b reboot -f
 END
 chmod 700 /run/dsec; chmod 755 /run/dsec/init
-if [ -z "$root" ]; then
+if [ "$layers" = 0 ]; then
   mount -t tmpfs -o nosuid,nodev,mode=755,size=${size}m tmpfs /new || fail no memory disk
   rm -rf /modules /lower /upper; cp -a /bin /sbin /usr /etc /root /tmp /new/; rm -f /new/bin/agent /new/bin/wake
 else
-  mount -t $root -o ro /dev/vda /lower || fail no root
+  lower=
+  for d in $(ls /dev/vd? | head -n $layers); do
+    mkdir /lower/${d#/dev/} && mount -t erofs -o ro $d /lower/${d#/dev/} || fail no root on $d
+    lower=/lower/${d#/dev/}${lower:+:$lower}
+  done
   mount -t tmpfs -o size=${size}m,mode=755 upper /upper && mkdir /upper/u /upper/w &&
-  mount -t overlay -o lowerdir=/lower,upperdir=/upper/u,workdir=/upper/w root /new || fail no root
+  mount -t overlay -o lowerdir=$lower,upperdir=/upper/u,workdir=/upper/w root /new || fail no overlay
 fi
 for d in dev proc sys run; do mkdir -p /new/$d; mount -o move /$d /new/$d; done
 if [ "$boot" = systemd ]; then

@@ -1,11 +1,9 @@
 """microVMs: a machine is booted once, stopped, and its memory kept; every sandbox is a copy-on-write clone of that.
 
-A checkpoint is a folder with `ram` (sparse), `device` (38 KiB), perhaps `disk.qcow2`, and `meta.json`. Templates and
-snapshots are both checkpoints, so forking a running machine is a snapshot and as many clones as wanted. A clone has the
-clock and the random generator of its checkpoint, so before anything else runs in it the host sends it the time and 64
-random bytes (wake.c). What user programs had drawn before the snapshot they still have: that cannot be taken back.
-
-Isolation is 3 under emulation, 4 under KVM. Writable files live in the machine's memory: `disk` is their cap, `memory` too.
+A clone has the clock and the random generator of its checkpoint, so before anything else runs in it the host sends it
+the time and 64 random bytes (wake.c). What user programs had drawn before a snapshot they still have: that cannot be
+taken back. Isolation is 3 under emulation, 4 under KVM. Writable files live in the machine's memory: `disk` caps them,
+and so does `memory`.
 """
 
 from __future__ import annotations
@@ -21,17 +19,17 @@ import shutil
 import tempfile
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsec.errors import DsecError, ImageError, InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
+from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
 from dsec.guest import build
 from dsec.guest.protocol import Agent
 from dsec.launch import cgroups
 from dsec.launch.cgroups import Cgroup
 from dsec.substrates import linux, qemu
 from dsec.substrates.base import Probe
+from dsec.substrates.checkpoint import Checkpoint, Root, file_system, qcow2
 from dsec.substrates.qemu import Disk, Machine, Qemu, Ram
 from dsec.types import Capabilities, Spec, Stats
 
@@ -43,72 +41,7 @@ KEEP = 4
 """Checkpoints whose memory stays open between clones."""
 
 
-@dataclass(frozen=True)
-class Root:
-    """What a machine starts from: nothing (the initrd's busybox), a read-only root file system, or a disk that boots."""
-
-    disk: Path | None = None
-    format: str = "erofs"
-    """ "erofs" (root file system), "raw" or "qcow2" (a bootable disk, written through an overlay)."""
-    boot: str = "agent"
-    """PID 1: "agent" or "systemd"; a bootable disk brings its own."""
-
-    def identity(self) -> list[Any]:
-        """Changes when the file does."""
-        stat = self.disk.stat() if self.disk else None
-        return [str(self.disk), self.format, self.boot, stat and [stat.st_size, stat.st_mtime_ns, stat.st_ino]]
-
-
-@dataclass
-class Checkpoint:
-    """A stopped machine that clones start from; see the top of this file."""
-
-    folder: Path
-    memory: int
-    cpus: int
-    accel: str
-    root: Root
-    ram: Ram | None = field(default=None, repr=False)
-
-    @classmethod
-    def read(cls, folder: Path) -> Checkpoint:
-        """Raises NotFound or ImageError."""
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            disk = Path(meta["disk"]) if meta["disk"] else None
-            root = Root(disk, meta["format"], meta["boot"])
-            point = cls(folder, int(meta["memory"]), int(meta["cpus"]), str(meta["accel"]), root)
-            wanted = [_qemu_identity(), root.identity()]
-        except FileNotFoundError as error:
-            raise NotFound(f"no checkpoint at {folder}: {error}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ImageError(f"{folder} is no checkpoint of a machine: {error!r}") from None
-        if meta["identity"] != json.loads(json.dumps(wanted)):
-            raise ImageError(f"the checkpoint {folder} was made with another QEMU or another image")
-        return point
-
-    def describe(self) -> dict[str, Any]:
-        disk = str(self.root.disk) if self.root.disk else None
-        identity = [_qemu_identity(), self.root.identity()]
-        shape = {"memory": self.memory, "cpus": self.cpus, "accel": self.accel}
-        return {**shape, "disk": disk, "format": self.root.format, "boot": self.root.boot, "identity": identity}
-
-    def load(self) -> Ram:
-        """Its memory, sealed; read from the folder the first time."""
-        if self.ram is None:
-            ram = Ram(self.memory << 20)
-            ram.load(self.folder / "ram")
-            ram.seal()
-            self.ram = ram
-        return self.ram
-
-
-def _qemu_identity() -> list[Any]:
-    program = shutil.which(qemu.BINARY)
-    if program is None:
-        raise SubstrateUnavailable(f"no {qemu.BINARY}", reason=f"{qemu.BINARY} is not installed", fix=qemu.FIX)
-    stat = os.stat(program)
-    return [stat.st_size, stat.st_mtime_ns]
+_Boot = tuple[linux.Kernel, Path]
 
 
 class MicroVMSubstrate:
@@ -170,9 +103,7 @@ class MicroVMSubstrate:
         if not state["started"] or qemu.started(int(state["pid"])) != state["started"]:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
-        meta = state["point"]
-        root = Root(Path(meta["disk"]) if meta["disk"] else None, meta["format"], meta["boot"])
-        point = Checkpoint(folder, meta["memory"], meta["cpus"], meta["accel"], root)
+        point = Checkpoint.read(folder, state["point"])
         machine = Qemu(int(state["pid"]), folder, group)
         return VirtualMachine(self, machine, point, await _connect(machine))
 
@@ -237,7 +168,7 @@ class MicroVMSubstrate:
         booting = Checkpoint(scratch, point.memory, point.cpus, point.accel, point.root, Ram(point.memory << 20))
         running: VirtualMachine | None = None
         try:
-            if point.root.format == "qcow2" or point.root.format == "raw":
+            if point.root.format != "erofs":
                 await qcow2(scratch / "disk.qcow2", point.root, disk)
             machine = self._start(booting, scratch, group, disk, boot=(kernel, initrd))
             running = VirtualMachine(self, machine, booting, await _connect(machine))
@@ -274,18 +205,17 @@ class MicroVMSubstrate:
             shape: dict[str, Any] = {"memory": point.memory, "ram": point.ram, "cpus": point.cpus, "accel": point.accel}
             root = point.root
             if root.format != "erofs":
-                assert root.disk is not None
                 if boot is None:
                     shutil.copyfile(point.folder / "disk.qcow2", folder / "disk.qcow2")
                 top = opened(folder / "disk.qcow2", os.O_RDWR)
-                shape["disks"] = (Disk(top, "qcow2", False, (opened(root.disk), root.format)),)
+                shape["disks"] = (Disk(top, "qcow2", False, (opened(root.disks[0]), root.format)),)
                 shape["agent"] = opened(build.agent(self.home))
-            elif root.disk is not None:
-                shape["disks"] = (Disk(opened(root.disk)),)
+            else:
+                shape["disks"] = tuple(Disk(opened(path)) for path in root.disks)
             if boot is None:
                 shape["device"] = opened(point.folder / "device")
             elif root.format == "erofs":
-                words = f"dsec.size={disk} dsec.boot={root.boot} " + (f"dsec.root={root.format}" if root.disk else "")
+                words = f"dsec.size={disk} dsec.boot={root.boot} dsec.layers={len(root.disks)}"
                 shape |= {"kernel": opened(boot[0].image), "initrd": opened(boot[1]), "cmdline": words}
             written = disk if root.format != "erofs" else 0
             return Qemu.start(Machine(**shape), folder, self.home, group, files=written)
@@ -355,54 +285,6 @@ async def _bury(group: Cgroup | None, folder: Path) -> None:
     log.warning("cgroup %s could not be removed", group)
 
 
-async def file_system(home: Path, image: str) -> Root:
-    """An image as a read-only root: an EROFS file or a root folder by path (packed once), or a name of ours."""
-    from dsec.images import erofs
-
-    path = Path(image)
-    if not path.is_absolute():
-        from dsec.images import packed  # type: ignore[attr-defined,unused-ignore]
-
-        return Root(await packed(home, image))
-    if await asyncio.to_thread(erofs.is_erofs, path):
-        return Root(path)
-    if not path.is_dir():
-        raise ImageError(f"{image} is neither an EROFS file nor a root folder")
-    stat = path.stat()
-    name = hashlib.sha256(f"{path}:{stat.st_ino}:{stat.st_mtime_ns}".encode()).hexdigest()[:24]
-    target = home / "vm/roots" / f"{name}.erofs"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        if not target.exists():
-            await asyncio.to_thread(erofs.pack, path, target)
-    return Root(target)
-
-
-async def qcow2(path: Path, root: Root, size: int) -> None:
-    """An empty overlay as large as the disk it lies on; how much of it may be written is the file-size limit."""
-    assert root.disk is not None
-    program = shutil.which("qemu-img")
-    if program is None:
-        raise SubstrateUnavailable("no qemu-img", reason="qemu-img is not installed", fix="apt-get install qemu-utils")
-    if root.format == "raw":
-        bytes_ = root.disk.stat().st_size
-    else:
-        bytes_ = json.loads((await _run(program, "info", "--output=json", "-f", root.format, str(root.disk))))[
-            "virtual-size"
-        ]
-    await _run(program, "create", "-q", "-f", "qcow2", str(path), str(bytes_))
-
-
-async def _run(*command: str) -> bytes:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
-    )
-    out, _ = await process.communicate()
-    if process.returncode:
-        raise ImageError(f"{Path(command[0]).name} failed: {out[-400:].decode(errors='replace').strip()}")
-    return out
-
-
 class VirtualMachine:
     """See base.Running."""
 
@@ -438,10 +320,11 @@ class VirtualMachine:
             raise SandboxFailed(f"the machine did not take the time and randomness: exit {done.code}")
 
     async def settle(self, deadline: float) -> None:
-        """Waits until a booting machine's agent is there and its services are up, and warms what every command needs."""
+        """Waits until a booting machine's agent and services are up, and warms what every command needs."""
         try:
             async with asyncio.timeout(deadline):
-                await asyncio.wait({self.agent.hello, self.machine.end}, return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[Any]] = {self.agent.hello, self.machine.end}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if self.machine.end.done():
                     raise SandboxFailed(f"it did not boot: {self.machine.end.result()}")
                 if self.point.root.boot == "systemd":
@@ -484,7 +367,7 @@ class VirtualMachine:
                     await self.thaw()
 
     def _copy(self, scratch: Path, target: Path) -> None:
-        self.machine.save_memory(scratch / "ram")
+        self.machine.save_memory(scratch / "ram", self.point.memory << 20)
         if (self.machine.folder / "disk.qcow2").exists():
             shutil.copyfile(self.machine.folder / "disk.qcow2", scratch / "disk.qcow2")
         (scratch / "meta.json").write_text(json.dumps(self.point.describe()))

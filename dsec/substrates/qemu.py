@@ -2,9 +2,9 @@
 
 The guest is untrusted, and so is QEMU once a guest has broken into it: it runs as a host id that owns nothing, in an
 empty network namespace, under QEMU's seccomp filter (no exec, no fork, no setuid), without new privileges, with
-rlimits, and in a cgroup joined before exec (confine.c). It is handed open files, so no path of ours need be readable to it.
-Emulation (TCG) is what runs where KVM does not really boot, and QEMU does not call emulation a security boundary: these
-walls are for that.
+rlimits, and in a cgroup joined before exec (confine.c). It is handed open files, so no path of ours need be readable to
+it. Emulation (TCG) is what runs where KVM does not really boot, and QEMU does not call emulation a security boundary:
+these walls are for that.
 """
 
 from __future__ import annotations
@@ -84,6 +84,17 @@ class Disk:
     readonly: bool = True
     base: tuple[int, str] | None = None
 
+    def node(self, first: int) -> tuple[dict[str, Any], list[int]]:
+        """QEMU's description of it, over fdsets numbered from `first`, and the descriptors of those. What a qcow2 says
+        lies below it is never followed."""
+        layers = ([(*self.base, True)] if self.base else []) + [(self.fd, self.format, self.readonly)]
+        node: dict[str, Any] = {}
+        for n, (_, format, readonly) in enumerate(layers, first):
+            file = {"driver": "file", "filename": f"/dev/fdset/{n}", "locking": "off"}
+            below = {"backing": node or None} if format == "qcow2" else {}
+            node = {"driver": format, "read-only": readonly, "file": file, **below}
+        return node, [fd for fd, _, _ in layers]
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -135,17 +146,14 @@ class Machine:
         if self.agent is not None:
             args += ["-fw_cfg", f"name=opt/dsec/agent,file=/proc/self/fd/{self.agent}"]
             fds.append(self.agent)
-        for n, disk in enumerate(self.disks):
-            layers = [("", disk.fd, disk.format, disk.readonly)]
-            layers += [("backing.", *disk.base, True)] if disk.base else []
-            options = [f"node-name=disk{n}"]
-            for k, (prefix, fd, format, readonly) in enumerate(layers):
-                set = 10 + 2 * n + k
-                args += ["-add-fd", f"fd={fd},set={set}"]
-                options += [f"{prefix}driver={format}", f"{prefix}read-only={'on' if readonly else 'off'}"]
-                options += [f"{prefix}file.driver=file,{prefix}file.filename=/dev/fdset/{set},{prefix}file.locking=off"]
-                fds.append(fd)
-            args += ["-blockdev", ",".join(options), "-device", f"virtio-blk-pci,drive=disk{n}"]
+        first = _STATE + 1
+        for disk in self.disks:
+            node, files = disk.node(first)
+            args += [part for n, fd in enumerate(files, first) for part in ("-add-fd", f"fd={fd},set={n}")]
+            args += ["-blockdev", json.dumps({**node, "node-name": f"disk{first}"})]
+            args += ["-device", f"virtio-blk-pci,drive=disk{first}"]
+            first += len(files)
+            fds += files
         program = shutil.which(BINARY)
         if program is None:
             raise SubstrateUnavailable(f"no {BINARY}", reason=f"{BINARY} is not installed", fix=FIX)
@@ -281,25 +289,25 @@ class Qemu:
             return ""
         return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text)[-2000:]).strip()
 
-    def save_memory(self, target: Path) -> None:
-        """Copies a stopped machine's memory, as it sees it, into the sparse file `target`."""
+    def save_memory(self, target: Path, size: int) -> None:
+        """Copies a stopped machine's memory (`size` bytes), as it sees it, into the sparse file `target`."""
         zeros = bytes(1 << 16)
         with open(f"/proc/{self.pid}/mem", "rb", 0) as memory, target.open("xb") as file:
-            parts = []
+            parts: list[tuple[int, ...]] = []
             for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
-                span, _, offset, *_ = line.split()
                 if "/memfd:dsec-ram" in line:
-                    start, end = (int(x, 16) for x in span.split("-"))
-                    parts.append((int(offset, 16), start, end))
-            size = 0
-            for offset, start, end in sorted(parts):
-                if offset != size:
-                    raise SandboxFailed(f"QEMU's memory is mapped with a hole: {parts}")
-                size += end - start
+                    span, _, offset, *_ = line.split()
+                    parts.append((int(offset, 16), *(int(x, 16) for x in span.split("-"))))
+            done = 0
+            for begin, start, end in sorted(parts):
+                if begin != done or (done := begin + end - start) > size:
+                    raise SandboxFailed(f"QEMU does not map its memory once and whole: {parts}")
                 for at in range(start, end, len(zeros)):
                     piece = os.pread(memory.fileno(), min(len(zeros), end - at), at)
                     if piece != zeros[: len(piece)]:
-                        os.pwrite(file.fileno(), piece, offset + at - start)
+                        os.pwrite(file.fileno(), piece, begin + at - start)
+            if done != size:
+                raise SandboxFailed(f"QEMU maps {done} of {size} bytes of its memory")
             file.truncate(size)
 
     async def save_devices(self, target: Path) -> None:
