@@ -1,0 +1,29 @@
+"""Images: packed into EROFS, cut into chunks, stacked in layers, started before they have been fetched."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+
+async def lowers(home: Path, image: str) -> list[Path]:
+    """The folders of an image, top first, for the lower side of an overlay; made, fetched or mounted if need be.
+
+    NotFound if there is no such image, ImageError if it cannot be built, verified or mounted.
+    """
+    from dsec.images.debian import ensure
+    from dsec.images.layers import Images
+
+    def work() -> list[Path]:
+        images = Images(home)
+        ensure(images, image)
+        return images.mount(image)
+
+    return await asyncio.to_thread(work)
+
+
+async def digest(home: Path, image: str) -> str:
+    """What an image contains, in 64 hexadecimal digits: for the keys of a trajectory."""
+    from dsec.images.layers import Images
+
+    return await asyncio.to_thread(lambda: Images(home).get(image).digest)
