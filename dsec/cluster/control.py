@@ -1,7 +1,7 @@
 """What an API server decides for each create. Soft views only: any number of servers may work on one store.
 
 begin      quota, idempotency, placement; the row is written before any Edge hears of it
-wait       without room it waits its turn (`FairQueue`); `pump` serves the queue
+submit     every create waits its turn, by priority and by fair share; `pump` serves the queue
 refused    an Edge said no for certain: another one gets the row
 started    an Edge said yes
 abandon    nobody knows: the row is marked as to be stopped, the Edge clears it up, and it is *not* started elsewhere
@@ -24,6 +24,8 @@ from dsec.errors import Capacity, DsecError
 
 TRIES = 4
 """Edges that are asked for one create."""
+REST = 30.0
+"""Seconds without creates for an Edge that did not answer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,20 @@ class Control:
         self.weights: dict[str, float] = {}
         self.queue: FairQueue[tuple[Order, Any]] = FairQueue()
         self._clock = clock
+        self._name = uuid.uuid4().hex
+        self._others: list[dict[str, dict[str, int]]] = []
+        self._told: dict[str, tuple[int, int]] = {}
         self._seen: dict[str, tuple[int, int]] = {}
 
     def refresh(self) -> None:
         """Reads the Edges' reports and the projects' counts; call it about once a second."""
+        self.store.tell(self._name, self.queue.waiting())
+        self._others = []
+        for name, (seq, waiting) in self.store.heard().items():
+            last, age = self._told.get(name, (-1, 0))
+            self._told[name] = (seq, 0 if seq != last else age + 1)
+            if name != self._name and self._told[name][1] < 3:
+                self._others.append(waiting)
         edges, projects, now = self.store.edges(), self.store.projects(), self._clock.monotonic()
         for edge in edges:
             if self._seen.get(edge.id) == (edge.epoch, edge.seq):
@@ -108,40 +120,62 @@ class Control:
             self.live[order.project] += 1
         return Reservation(standing, order, standing.id == id, {standing.edge})
 
-    def wait(self, order: Order, ticket: Any) -> None:
-        """Puts an order that was refused in the queue; `pump` answers it under ``ticket``, unless ``ticket.done()``."""
+    def submit(self, order: Order, ticket: Any) -> Iterator[tuple[Any, Order, Reservation | DsecError]]:
+        """Queues an order and serves the queue -> the answers that are ready, perhaps this one's among them. A ticket
+        that is ``done()`` (its client went away) is dropped."""
         self.queue.push(order.project, order.priority, (order, ticket))
+        return self.pump()
 
     def pump(self) -> Iterator[tuple[Any, Order, Reservation | DsecError]]:
         """Serves the queue until the next in turn does not fit. Those behind it wait although they might fit: else a
-        large one would never get its turn."""
-        while self.queue:
+        large one would never get its turn. Another server's clients may be next in turn: then ours wait too."""
+        while self.queue and self._our_turn():
             order, ticket = self.queue.pop(self.live, self.weights)
             if ticket.done():
                 continue
             try:
                 answer = self.begin(order)
             except StoreUnavailable:
-                self.queue.push(order.project, order.priority, (order, ticket), front=True)
+                self.again(order, ticket)
                 return
             except DsecError as error:
                 yield ticket, order, error
                 continue
             if isinstance(answer, Refusal):
-                self.queue.push(order.project, order.priority, (order, ticket), front=True)
+                self.again(order, ticket)
                 return
             yield ticket, order, answer
 
-    def refused(self, reservation: Reservation) -> Reservation | Refusal:
-        """Call only when the Edge has said that it does not and will not run it."""
-        row, order = reservation.row, reservation.order
+    def again(self, order: Order, ticket: Any) -> None:
+        """Back to the head of the queue."""
+        self.queue.push(order.project, order.priority, (order, ticket), front=True)
+
+    def _our_turn(self) -> bool:
+        """Is the next of our queue, by priority and by what its project holds for its weight, as near its turn as
+        anybody's? One sandbox more or less is as near."""
+
+        def next_of(waiting: Mapping[str, Mapping[str, int]]) -> tuple[int, float]:
+            top = max(waiting, key=int)
+            held = (self.live.get(name, 0) / self.weights.get(name, 1.0) for name in waiting[top])
+            return -int(top), min(held)
+
+        priority, held = next_of(self.queue.waiting())
+        others = [next_of(waiting) for waiting in self._others if waiting]
+        return all((priority, held - 1) <= other for other in others)
+
+    def refused(self, reservation: Reservation, full: bool = True) -> Reservation | Refusal:
+        """Call only when the Edge has said that it does not and will not run it; ``full``: for want of room. A Refusal
+        means that the create has been taken back: it may wait again."""
+        row, order, now = reservation.row, reservation.order, self._clock.monotonic()
         self.placement.settle(row.id, None)
+        if full:
+            self.placement.full(row.edge)
         edge: str | Refusal = Refusal(False, 1.0)
         if len(reservation.tried) < TRIES:
-            now = self._clock.monotonic()
             edge = self.placement.place(row.id, order.budget, order.image, now, reservation.tried)
         if isinstance(edge, Refusal):
-            self.store.finish([(row.id, row.edge, row.epoch, "failed", "no host took it")], self._clock.now())
+            if self.store.withdraw(row) and order.project in self.live:
+                self.live[order.project] -= 1
             return edge
         try:
             moved = self.store.move(row, edge, self.edges[edge].epoch)
@@ -150,7 +184,7 @@ class Control:
             raise
         if moved is None:
             self.placement.settle(row.id, None)
-            return Refusal(False, 1.0)
+            raise Capacity(f"{row.id} was given up on")
         return Reservation(moved, order, True, reservation.tried | {edge})
 
     def started(self, reservation: Reservation, counted: int) -> None:
@@ -160,6 +194,7 @@ class Control:
         """No answer: it may run, so it is told to stop and no other Edge gets it; the row ends when its own Edge has
         looked, or is lost."""
         self.placement.settle(reservation.row.id, None)
+        self.placement.rest(reservation.row.edge, self._clock.monotonic(), REST)
         self.store.change(reservation.row.id, "stopping", "failed")
 
     def make_room(self, order: Order) -> list[Row]:

@@ -68,9 +68,9 @@ class Member:
             if row.id in self._refused or row.id in self._ends:
                 raise Capacity(f"{row.id} was given up on")
             if full := self._over(row.budget):
-                raise Capacity(f"{row.edge} is full: {full}")
+                raise Capacity(f"{row.edge} is full: {full}", full=True)
             if not self.rate.take(self._clock.monotonic()):
-                raise Capacity(f"{row.edge} starts {self.rate.rate:.0f} sandboxes a second at most")
+                raise Capacity(f"{row.edge} starts {self.rate.rate:.0f} sandboxes a second at most", full=False)
             self.running[row.id] = row.budget
             self._count(row.budget, 1)
             return self._seq + 1

@@ -178,6 +178,13 @@ class Placement:
             for id in host.overlay:
                 del self._where[id]
 
+    def rest(self, edge: str, now: float, seconds: float) -> None:
+        """Places nothing on a host for so long: it did not answer. Else the empty hosts that swallow every create would
+        be chosen before all others."""
+        if host := self._hosts.get(edge):
+            host.wait(now)
+            host.tokens = 1 - seconds * max(host.rate, 0.01)
+
     def place(self, id: str, budget: Budget, image: str, now: float, avoid: Collection[str] = ()) -> str | Refusal:
         """Chooses a host and books ``budget`` there under ``id`` until `settle`."""
         best, lowest = None, 1e9
@@ -212,6 +219,11 @@ class Placement:
         self._where[id] = best
         return best.name
 
+    def full(self, edge: str) -> None:
+        """The Edge says that it has no room: believe it until its next report."""
+        if host := self._hosts.get(edge):
+            host.slots = max(host.slots, host.capacity.slots)
+
     def settle(self, id: str, counted: int | None) -> None:
         """The Edge answered: it will count the sandbox from report ``counted`` on, or (None) it does not run it."""
         if host := self._where.get(id):
@@ -222,6 +234,10 @@ class Placement:
                 self._full.clear()
             else:
                 host.overlay[id] = (budget, counted)
+
+    def booked(self) -> list[str]:
+        """Ids that no report counts yet."""
+        return list(self._where)
 
     def free(self) -> dict[str, Budget]:
         """What each host has left; a budget that the host does not limit counts as endless."""
@@ -294,6 +310,14 @@ class FairQueue(Generic[T]):
         else:
             queue.append(item)
         self._count += 1
+
+    def waiting(self) -> dict[str, dict[str, int]]:
+        """How many wait, by priority (as text: it is JSON) and project."""
+        return {
+            str(priority): {project: len(queue) for project, queue in projects.items()}
+            for priority, projects in self._waiting.items()
+            if projects
+        }
 
     def pop(self, live: Mapping[str, float], weight: Mapping[str, float]) -> T:
         """The next one, given how many live sandboxes each project has. Raises IndexError when empty."""

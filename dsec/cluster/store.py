@@ -97,6 +97,7 @@ create table if not exists sandboxes (id text primary key, project text not null
   created double precision not null, deadline double precision not null, ended double precision, spec text not null);
 create table if not exists requests (project text not null, key text not null, digest text not null,
   sandbox text not null, created double precision not null, primary key (project, key));
+create table if not exists servers (id text primary key, seq bigint not null, waiting text not null);
 create unique index if not exists one_live_run on sandboxes (project, run) where ended is null;
 create index if not exists live_of_edge on sandboxes (edge, epoch) where ended is null;
 create index if not exists by_project on sandboxes (project, created);
@@ -291,6 +292,35 @@ class Store:
                     projects.append(rows[0][0])
             self._release(run, projects)
         return done
+
+    def withdraw(self, row: Row) -> bool:
+        """Takes back a create that no Edge took, its idempotency key too: it has never been. False: it ended, or it
+        moved, meanwhile."""
+        with self._database.transaction() as run:
+            gone = run(
+                "delete from sandboxes where id = ? and edge = ? and epoch = ? and state = 'live' and ended is null"
+                " returning project",
+                (row.id, row.edge, row.epoch),
+            )
+            if gone:
+                self._release(run, [row.project])
+                run("delete from requests where project = ? and sandbox = ?", (row.project, row.id))
+        return bool(gone)
+
+    # What API servers tell each other: how many creates wait, by priority and project
+
+    def tell(self, server: str, waiting: Mapping[str, Mapping[str, int]]) -> None:
+        with self._database.transaction() as run:
+            run(
+                "insert into servers values (?, 1, ?) on conflict (id) do update set seq = servers.seq + 1,"
+                " waiting = excluded.waiting",
+                (server, json.dumps(waiting)),
+            )
+
+    def heard(self) -> dict[str, tuple[int, dict[str, dict[str, int]]]]:
+        """Server -> (how often it told, what it told last). One that tells no more is gone."""
+        with self._database.transaction() as run:
+            return {id: (seq, json.loads(waiting)) for id, seq, waiting in run("select * from servers")}
 
     def change(self, id: str, state: str = "", reason: str = "", deadline: float | None = None) -> bool:
         """Changes what a live sandbox should be. False: it has ended. `stopping` is final: only an end follows it."""

@@ -1,0 +1,363 @@
+"""A cluster on a virtual clock: the real placement, lease, member, watcher and store code; hosts, network and clients
+are played (`dsec.cluster.players`). The world knows what truly runs where, which no part of the control plane does, and
+checks it.
+
+Each client wants a number of things done, one sandbox (a run) each; it asks an API server, waits, and asks again with
+the same idempotency key when the answer was lost, or for the same run when its host was.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dsec.cluster.clock import VirtualClock
+from dsec.cluster.leases import Terms
+from dsec.cluster.players import ApiServer, FlakyDatabase, Host, Task
+from dsec.cluster.store import Budget, Project, Row, Store
+from dsec.cluster.watcher import Watcher
+
+FAULTS = (
+    "hosts",
+    "zone",
+    "stale",
+    "slow",
+    "restart",
+    "hot",
+    "failover",
+    "amnesia",
+    "stall",
+    "lossy",
+    "servers",
+    "preempt",
+)
+"""hosts: 1 in 20 loses power within the run; zone: one of five is cut off, then back; stale: reports are read every 5 s
+only; slow: Edges that answer after the server gave up; restart: a fifth of all hosts loses power at once and comes
+back; hot: half of all creates want one image; failover: the database is away for 60 s, its last answers lost; stall:
+hosts stop as a whole and go on after their lease; lossy: 1 % of all messages get lost; servers: API servers die in
+mid-create; preempt: a burst of urgent creates into a full cluster. Not among them, because the promise against double
+runs needs a standby that is synchronous: amnesia, a failover to a standby that missed the last 10 s of creates."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What to play. ``live`` sandboxes on ``hosts`` hosts, for ``minutes`` after the ramp."""
+
+    live: int = 600
+    hosts: int = 12
+    minutes: float = 12.0
+    life: float = 240.0
+    """Mean seconds that a sandbox lives."""
+    faults: tuple[str, ...] = FAULTS
+    servers: int = 3
+    slots: int = 0
+    """Of each host; 0: a quarter more than ``live`` needs, a zone's loss being a fifth."""
+    seed: int = 0
+    terms: Terms = field(default_factory=Terms)
+    greedy: float = 0.0
+    """If set, demand is this many times what fits, all of the surplus from one project."""
+
+
+class World:
+    """Everything, and the truth about it."""
+
+    def __init__(self, scene: Scene, watch: Callable[[World], None] | None = None) -> None:
+        self.scene, self.rng, self.clock, self.watch = scene, random.Random(scene.seed), VirtualClock(1000.0), watch
+        self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.count = 0
+        self.database = FlakyDatabase()
+        self.store = Store(self.database)
+        with self.database.transaction() as run:
+            run("create table endings (id text)")
+            run(
+                "create trigger ended after update of ended on sandboxes when new.ended is not null"
+                " begin insert into endings values (new.id); end"
+            )
+        for name, weight in (("red", 1.0), ("green", 1.0), ("blue", 2.0)):
+            self.store.put_project(Project(name, weight, max_live=10**9))
+        self.slots = scene.slots or round(scene.live * 1.4 / scene.hosts) + 2
+        self.notice, self.closed = 10.0, False
+        self.truth: dict[str, set[tuple[str, int]]] = {}
+        self.holders: dict[str, Task] = {}
+        self.rows: dict[str, Row] = {}
+        self.suspects: dict[str, float] = {}
+        self.violations: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.waits: list[tuple[int, float]] = []
+        self.recovery: list[float] = []
+        self.shares: list[dict[str, float]] = []
+        self.died: dict[tuple[str, int], float] = {}
+        self.asked = self.queued = self.rejected = self.moved = self.abandoned = self.silent = self.preempted = 0
+        self.peak = self.done = self.number = self.decisions = 0
+        self.deciding = 0.0
+        self.failover = (0.0, 0.0)
+        self.ended: dict[str, int] = {}
+        self.rows_made = 0
+        self.hosts = {f"h{n}": Host(self, n) for n in range(scene.hosts)}
+        self.servers = [ApiServer(self, n) for n in range(scene.servers)]
+        self.watchers = [Watcher(self.store, self.clock, scene.terms, keep=1e9) for _ in range(2)]
+        self.after(0.5, self.tick)
+        self.after(20.0, self.check)
+
+    # Time and messages
+
+    def after(self, seconds: float, work: Callable[..., None], *arguments: Any) -> None:
+        self.count += 1
+        heapq.heappush(self.events, (self.clock.time + seconds, self.count, work, arguments))
+
+    def send(self, work: Callable[..., None], *arguments: Any, slow: float = 0.0, host: Host | None = None) -> None:
+        if host and not host.connected:
+            return
+        if "lossy" in self.scene.faults and self.rng.random() < 0.01:
+            return
+        self.after(0.001 + slow + 0.004 * self.rng.random(), work, *arguments)
+
+    def until(self, end: float) -> None:
+        events, clock = self.events, self.clock
+        while events and events[0][0] <= end:
+            clock.time, _, work, arguments = heapq.heappop(events)
+            work(*arguments)
+        clock.time = end
+
+    # The truth
+
+    def runs(self, row: Row, host: Host) -> None:
+        where = self.truth.setdefault(row.run, set())
+        where.add((row.id, host.boots))
+        self.rows[row.id] = replace(row, edge=host.name)
+        if self.executing(row.run) > 1:
+            self.violations["double run"] += 1
+        if len(host.member.running) > self.slots:
+            self.violations["over the cap"] += 1
+        self.peak = max(self.peak, len(self.rows))
+
+    def executing(self, run: str) -> int:
+        """How many sandboxes execute this run now; what stands still on a stalled host does not."""
+        return sum(not self.hosts[self.rows[id].edge].stalled for id, _ in self.truth[run])
+
+    def gone(self, id: str, host: Host) -> None:
+        row = self.rows.pop(id, None)
+        if row is None:
+            return
+        if not host.alive:
+            self.died[(host.name, row.epoch)] = self.clock.time
+        where = self.truth[row.run]
+        where.discard(next(entry for entry in where if entry[0] == id))
+        if not where:
+            del self.truth[row.run]
+        task = self.holders.pop(id, None) or None
+        if task and not task.finished:
+            task.again()
+
+    def result(self, id: str, host: Host) -> None:
+        """A result reached its client."""
+        row = self.rows[id]
+        if self.executing(row.run) > 1:
+            self.violations["two owners, one acknowledged"] += 1
+        if task := self.holders.pop(id, None):
+            task.finished = True
+            self.done += 1
+
+    def tick(self) -> None:
+        self.after(1.0, self.tick)
+        found = [id for watcher in self.watchers for id in watcher.tick().lost]
+        if found:
+            for (host, epoch), when in list(self.died.items()):
+                if any(edge.id == host and edge.epoch > epoch for edge in self.store.edges()):
+                    self.recovery.append(self.clock.time - when - self.outage(when))
+                    del self.died[(host, epoch)]
+
+    def outage(self, since: float) -> float:
+        """Seconds since then for which nobody could have heard of a loss, the database being away."""
+        start, end = self.failover
+        return max(0.0, min(end, self.clock.time) - max(start, since))
+
+    def check(self) -> None:
+        """What the store and the truth disagree on must not last."""
+        self.after(20.0, self.check)
+        if self.watch:
+            self.watch(self)
+        if self.database.away:
+            self.suspects.clear()
+            return
+        live = {row.id: row for row in self.store.sandboxes(None, limit=10**9)}
+        lasting: dict[str, float] = {}
+        for id in self.rows.keys() ^ live.keys():
+            lasting[id] = self.suspects.get(id, self.clock.time)
+            if self.clock.time - lasting[id] > self.scene.terms.ttl + 70:
+                self.violations["leak: runs unknown" if id in self.rows else "leak: never ends"] += 1
+                lasting[id] = float("inf")
+        self.suspects = lasting
+        if self.closed:
+            return
+        held = Counter(row.project for row in live.values())
+        self.shares.append({name: held[name] / self.slots / self.scene.hosts for name in ("red", "green", "blue")})
+
+    def forget(self, since: float) -> None:
+        """Takes from the store the creates that the standby had not got yet."""
+        with self.database.transaction() as run:
+            for project, ended in run("delete from sandboxes where created > ? returning project, ended", (since,)):
+                run("update projects set live = live - ? where name = ?", (int(ended is None), project))
+            run("delete from requests where created > ?", (since,))
+
+    def close(self) -> None:
+        """No more creates; everything must come to its end."""
+        self.closed = True
+        for host in self.hosts.values():
+            host.connected, host.slow = True, 0.0
+            host.stalled = False
+            if not host.alive:
+                host.boot()
+        self.database.away = False
+        for id in list(self.rows):
+            self.store.change(id, "stopping", "the end")
+        self.until(self.clock.time + 2 * self.scene.terms.ttl + 200)
+        with self.database.transaction() as run:
+            creates = run(
+                "select count(*), count(ended), count(distinct project || json_extract(spec, '$.key')) from sandboxes"
+            )
+            endings = run("select count(*), count(distinct id) from endings")
+        rows, ended, keys = creates[0]
+        for name, bad in {
+            "leak: never ends": rows - ended,
+            "leak: runs unknown": len(self.rows),
+            "ended more than once": endings[0][0] - endings[0][1],
+            "a key made two": rows - keys,
+            "a count is off": sum(abs(project.live) for project in self.store.projects()),
+            "a host's books are off": sum(host.member.report().used != Budget(0) for host in self.hosts.values()),
+            "a placement's books are off": sum(len(server.control.placement.booked()) for server in self.servers),
+        }.items():
+            self.violations[name] += bad
+        self.violations["recovery past the ttl"] += sum(
+            1 for seconds in self.recovery if seconds > self.scene.terms.ttl
+        )
+        self.violations = +self.violations
+        self.ended = dict(self._by_state())
+        self.rows_made = rows
+
+    def _by_state(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for (_, state), count in self.store.counts().items():
+            total[state] += count
+        return total
+
+
+def simulate(scene: Scene, watch: Callable[[World], None] | None = None) -> World:
+    """Plays ``scene`` to its end -> the world, with ``violations`` (empty if every property held)."""
+    world = World(scene, watch)
+    fits = world.slots * scene.hosts
+    wanted = {name: scene.live * part for name, part in (("red", 0.25), ("green", 0.25), ("blue", 0.5))}
+    if scene.greedy:
+        wanted = {"red": fits * (scene.greedy - 0.75), "green": fits * 0.25, "blue": fits * 0.5}
+    ramp, end = scene.life / 2, world.clock.time + 30 + scene.life / 2 + 60 * scene.minutes
+
+    def arrive(project: str, gap: float) -> None:
+        if world.clock.time < end:
+            world.number += 1
+            Task(world, world.number, project).ask()
+            world.after(world.rng.expovariate(1 / gap), arrive, project, gap)
+
+    def first(project: str) -> None:
+        world.number += 1
+        Task(world, world.number, project).ask()
+
+    for project, count in wanted.items():
+        for _ in range(round(count)):
+            world.after(10 + ramp * world.rng.random(), first, project)
+        world.after(10 + ramp / 2, arrive, project, scene.life / count)
+    _schedule(world, 20 + ramp, 60 * scene.minutes)
+    world.until(end)
+    world.close()
+    return world
+
+
+def _schedule(world: World, start: float, length: float) -> None:
+    """Puts the faults on the clock, one after the other with room to recover (each needs about a ttl)."""
+    scene, rng, hosts = world.scene, world.rng, list(world.hosts.values())
+
+    def some(part: float) -> list[Host]:
+        return rng.sample(hosts, max(1, round(part * len(hosts))))
+
+    def power(chosen: list[Host], off: float) -> None:
+        for host in chosen:
+            if host.alive:
+                host.die()
+                world.after(off * (0.8 + 0.4 * rng.random()), lambda host=host: host.alive or host.boot())
+
+    def unreachable(host: Host) -> None:
+        for id in host.member.running:
+            if task := world.holders.get(id):
+                world.after(5 + 10 * rng.random(), task.cut_off, id)
+
+    def cut(chosen: list[Host], connected: bool) -> None:
+        for host in chosen:
+            host.connected = connected
+            unreachable(host)
+
+    def stall(host: Host) -> None:
+        host.stalled = True
+        unreachable(host)
+        world.after(rng.choice([20.0, 200.0]), host.wake)
+
+    def slow(chosen: list[Host], seconds: float) -> None:
+        for host in chosen:
+            host.slow = seconds * rng.choice([1.0, 8.0])
+
+    def failover() -> None:
+        world.database.away, world.database.doubtful = True, 20
+        world.failover = (world.clock.time, world.clock.time + 60)
+        world.after(60.0, back)
+
+    def back() -> None:
+        world.database.away = False
+        if "amnesia" in scene.faults:
+            world.forget(world.failover[0] - 10)
+
+    def crowd() -> None:
+        for _ in range(round(world.slots * scene.hosts * 1.2) - len(world.rows)):
+            world.number += 1
+            world.after(10 * rng.random(), Task(world, world.number, "green", 10).ask)
+
+    def at(part: float, name: str, work: Callable[..., None], *arguments: Any) -> None:
+        if name in scene.faults:
+            world.after(start + part * length, work, *arguments)
+
+    zone = [host for host in hosts if host.zone == 3]
+    for host in some(0.05):
+        at(0.6 * rng.random(), "hosts", power, [host], 300.0)
+    for host in some(0.05):
+        at(0.6 * rng.random(), "stall", stall, host)
+    lazy = some(0.05)
+    at(0.05, "slow", slow, lazy, 12.0)
+    at(0.35, "slow", slow, lazy, 0.0)
+    at(0.1, "failover", failover)
+    at(0.1, "amnesia", failover)
+    at(0.3, "zone", cut, zone, False)
+    at(0.55, "zone", cut, zone, True)
+    at(0.65, "restart", power, some(0.2), 60.0)
+    at(0.8, "preempt", crowd)
+
+
+def table(world: World, seconds: float) -> list[tuple[str, str]]:
+    """What a run showed, as (name, value) lines."""
+    waits = sorted(wait for priority, wait in world.waits if not priority) or [0.0]
+    urgent = sorted(wait for priority, wait in world.waits if priority)
+    at = lambda values, part: f"{values[min(len(values) - 1, int(part * len(values)))]:.1f} s"  # noqa: E731
+    return [
+        ("hosts x slots", f"{world.scene.hosts:,} x {world.slots}"),
+        ("live at most", f"{world.peak:,}"),
+        ("asked, rows made, done", f"{world.asked:,}, {world.rows_made:,}, {world.done:,}"),
+        ("ended as", ", ".join(f"{state} {n:,}" for state, n in sorted(world.ended.items()))),
+        ("queued, rejected", f"{world.queued:,}, {world.rejected:,} {dict(world.refusals)}"),
+        ("moved, abandoned, unheard", f"{world.moved:,}, {world.abandoned:,}, {world.silent:,}"),
+        ("waited for a start, p50 p99", f"{at(waits, 0.5)} {at(waits, 0.99)}"),
+        ("urgent ones waited, p50 p99", f"{at(urgent, 0.5)} {at(urgent, 0.99)}" if urgent else "-"),
+        ("hosts lost, slowest settled", f"{len(world.recovery)}, {max(world.recovery, default=0):.0f} s"),
+        ("decisions", f"{world.decisions:,}, store included {world.decisions / max(world.deciding, 1e-9):,.0f}/s"),
+        ("took", f"{seconds:.0f} s"),
+        ("violations", ", ".join(f"{name}: {n}" for name, n in world.violations.items()) or "none"),
+    ]
