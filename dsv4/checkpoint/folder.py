@@ -5,9 +5,10 @@ Every name, shape and dtype is checked from the files' headers before the first 
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +16,10 @@ from typing import BinaryIO
 
 import torch
 
-from dsv4.checkpoint.inventory import UNQUANTISED, scale_name
+from dsv4.checkpoint.inventory import BYTES, UNQUANTISED, scale_name
 from dsv4.checkpoint.layouts import Index, piece_shape, pieces
 from dsv4.checkpoint.shards import PLAIN, Stored, listed, read_headers, read_tensor
+from dsv4.common.console import Progress
 from dsv4.config import Config
 from dsv4.model.costs import tensors
 from dsv4.numerics import STORED, Format, Packed
@@ -78,9 +80,20 @@ class Folder:
         except ValueError as error:
             raise ValueError(f"{self.places[name].stored.file}: {name}: {error}") from None
 
-    def in_file_order(self) -> list[str]:
-        """Every name, in the order in which a disk reads fastest."""
-        return sorted(self.places, key=lambda n: (self.places[n].stored.file, self.places[n].stored.offset))
+    def walk(self, names: Iterable[str], progress: bool) -> Iterator[str]:
+        """``names`` in the order in which a disk reads them fastest; ``progress`` shows bytes and ETA on stderr."""
+        ordered = sorted(names, key=lambda n: (self.places[n].stored.file, self.places[n].stored.offset))
+        sizes = [self._size(name) for name in ordered]
+        with Progress(sum(sizes), "load", "B") if progress else nullcontext() as bar:
+            for name, size in zip(ordered, sizes):
+                yield name
+                if bar:
+                    bar.update(size)
+
+    def _size(self, name: str) -> int:
+        place = self.places[name]
+        shape = piece_shape(place.stored.shape, place.index)
+        return math.prod(shape) * BYTES[place.stored.dtype] + (place.scale.nbytes if place.scale else 0)
 
     def _tensor(self, spec: Stored, index: Index, out: torch.Tensor | None) -> torch.Tensor:
         if spec.file not in self._open:

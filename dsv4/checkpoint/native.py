@@ -17,7 +17,9 @@ from dsv4.model.costs import tensors
 from dsv4.numerics import Format, Packed, index_row, kv_row
 
 
-def load_native(folder: Folder, device: str | torch.device, expert_memory: int | str | None) -> Transformer:
+def load_native(
+    folder: Folder, device: str | torch.device, expert_memory: int | str | None, progress: bool
+) -> Transformer:
     """ValueError where a tensor that the releases quantise is not."""
     config = folder.config
     plain = [t.name for t in tensors(config) if t.kind in ("expert", "linear") and not folder.places[t.name].form]
@@ -36,11 +38,12 @@ def load_native(folder: Folder, device: str | torch.device, expert_memory: int |
     model.to_empty(device=device)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
     state = model.state_dict()
-    for name in folder.in_file_order():
+    resident = [name for name in folder.places if home(name)[0] in packed or home(name)[0] in state]
+    for name in folder.walk(resident, progress):  # others are experts that stay on disk
         parameter, position = home(name)
         if parameter in packed:
             folder.read(name, packed[parameter][position[0]] if position else packed[parameter])  # type: ignore[index]
-        elif parameter in state:  # others are experts that stay on disk
+        else:
             folder.read(name, state[parameter][position])
     round_rows(model, config)
     return model

@@ -19,12 +19,14 @@ def load(
     device: str | torch.device = "cpu",
     *,
     expert_memory: int | str | None = None,
+    progress: bool = False,
 ) -> Transformer:
     """Reads official names (FP4/FP8 or not), transformers' module names or what its ``save_pretrained`` writes.
 
     ``dtype`` is "float32" or "bfloat16" (quantised tensors are expanded exactly, tensors of the fp32 list stay fp32),
     or "native": FP4 and FP8 weights stay packed and the network computes as the release does. ``expert_memory`` (bytes,
-    or "8GiB"), with "native" only: routed experts stay on disk, and at most so much of them in memory.
+    or "8GiB"), with "native" only: routed experts stay on disk, and at most so much of them in memory. ``progress``
+    shows bytes and ETA on stderr.
 
     A folder without ``mtp.*`` tensors, as transformers writes, gives a model without MTP blocks
     (``model.config.num_nextn_predict_layers`` is 0) and a warning; ``mtp.*`` tensors that the config does not ask for
@@ -36,11 +38,11 @@ def load(
         raise ValueError(f"expert_memory needs dtype 'native', got {dtype!r}")
     with Folder(path) as folder:
         if dtype == "native":
-            model = load_native(folder, device, expert_memory)
+            model = load_native(folder, device, expert_memory, progress)
         else:
             model = Transformer(folder.config, device="meta", dtype=getattr(torch, dtype)).to_empty(device=device)
             state = model.state_dict()
-            for name in folder.in_file_order():
+            for name in folder.walk(folder.places, progress):
                 parameter, position = home(name)
                 folder.fill(name, state[parameter][position])
     _check_tables(folder.config, model.state_dict())

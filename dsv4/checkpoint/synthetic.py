@@ -56,7 +56,8 @@ def _random(config: Config, tensor: Tensor, seed: int) -> torch.Tensor | Packed:
     shape, leaf = tensor.shape, tensor.name.rsplit(".", 1)[-1]
 
     def normal(std: float, mean: float = 0.0) -> torch.Tensor:
-        return torch.empty(shape).normal_(mean, std, generator=generator)
+        kind = torch.bfloat16 if tensor.kind == "plain" else torch.float32  # as stored: the embedding is a gigabyte
+        return torch.empty(shape, dtype=kind).normal_(mean, std, generator=generator)
 
     if tensor.kind == "table":
         order = torch.rand(shape[0], config.n_routed_experts, generator=generator)

@@ -7,7 +7,13 @@ from dsv4.numerics.formats import ACTIVATION, FP4, FP8, FP8_BASE, INDEX_ROW, KV_
 from dsv4.numerics.packed import Packed, Stack, packed_experts, packed_linear
 from dsv4.numerics.recast import Recast, recast
 from dsv4.numerics.rows import hadamard, index_row, kv_row, pack_index, pack_kv, unpack_index, unpack_kv
-from dsv4.numerics.training import deployed_weight, straight_through, trained_index_row, trained_weight
+from dsv4.numerics.training import (
+    deployed_weight,
+    quantisation_aware,
+    straight_through,
+    trained_index_row,
+    trained_weight,
+)
 
 __all__ = [
     "ACTIVATION",
@@ -31,6 +37,7 @@ __all__ = [
     "pack_kv",
     "packed_experts",
     "packed_linear",
+    "quantisation_aware",
     "quantise",
     "recast",
     "rounded",

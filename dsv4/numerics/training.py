@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv4.numerics.blocks import dequantise, quantise, rounded
 from dsv4.numerics.formats import FP4, FP8, INDEX_ROW
@@ -48,3 +48,16 @@ def trained_weight(master: Tensor) -> Tensor:
 def trained_index_row(x: Tensor) -> Tensor:
     """`index_row` whose rounding passes gradients; they flow back through the Hadamard transform."""
     return straight_through(hadamard(x), lambda y: rounded(y, INDEX_ROW))
+
+
+def quantisation_aware(model: nn.Module) -> nn.Module:
+    """Switches a float model's training to deployed precision: routed experts through `trained_weight`, index queries
+    and keys through `trained_index_row`, wherever modules named ``ffn`` and ``indexer`` have a ``round``. Parameters
+    stay the float32 masters, so saving and optimisers know nothing of it."""
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "ffn":
+            module.round = trained_weight
+        elif leaf == "indexer":
+            module.round = module.compressor.round = trained_index_row
+    return model

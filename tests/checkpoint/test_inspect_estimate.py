@@ -100,9 +100,19 @@ def test_inspect_reads_headers_only(tiny: Transformer, tmp_path: Path) -> None:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         stream.truncate(8 + len(raw) + end)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    report = json.loads(run("inspect", tmp_path, "--json"))
+    report = json.loads(run("inspect", tmp_path, "--verify", "--json"))
     assert (report["tensors"], report["bytes"], report["quantised"]) == (69_187, 159_609_485_896, True)
-    assert report["missing"] == report["extra"] == report["misshapen"] == []
+    assert report["missing"] == report["extra"] == report["misshapen"] == report["not_as_released"] == []
+    assert report["expected"] == {"tensors": 69_187, "bytes": 159_609_485_896}
+
+
+def test_inspect_verify(tiny: Transformer, tmp_path: Path) -> None:
+    dsv4.save(tiny, tmp_path / "native", dtype="native")
+    out = run("inspect", tmp_path / "native", "--verify")
+    assert "verified" in out and "each as its config says" in out
+    dsv4.save(tiny, tmp_path / "wide", dtype="float32")
+    assert "complete" in run("inspect", tmp_path / "wide")
+    assert "not_as_released" in run("inspect", tmp_path / "wide", "--verify", code=1)
 
 
 def test_inspect_names_what_is_wrong(tiny: Transformer, tmp_path: Path) -> None:

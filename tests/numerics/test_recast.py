@@ -115,3 +115,33 @@ def test_training_learns_weights_that_fp4_keeps() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.02 * losses[0]
+
+
+def test_a_model_in_quantisation_aware_training() -> None:
+    """Forward as deployed (experts in FP4, index rows in FP4), gradients on the float32 masters, every one of them."""
+    from dsv4.config import Config
+    from dsv4.model import Transformer
+    from dsv4.numerics import quantisation_aware
+    from tests.parity.peer import randomise
+
+    config = Config.preset("micro")
+    model = quantisation_aware(randomise(Transformer(config), 1))
+    assert isinstance(model, Transformer)
+    ids = torch.randint(0, 512, (1, 96), generator=torch.Generator().manual_seed(2))
+    deployed = randomise(Transformer(config), 1)
+    with torch.no_grad():
+        for name, p in deployed.named_parameters():
+            if ".ffn.experts." in name:
+                p.copy_(dequantise(*quantise(p, FP4), FP4))
+        for block in deployed.layers:
+            if block.layer.indexer:
+                block.attn.indexer.round = block.attn.indexer.compressor.round = index_row
+        assert (model(ids) - deployed(ids)).abs().max() < 1e-4
+        assert (model(ids) - randomise(Transformer(config), 1)(ids)).abs().max() > 1e-2
+    out = model.train_forward(ids, torch.zeros_like(ids))
+    (model.logits(out.hidden).square().mean() + out.indexer_loss).backward()
+    for name, p in model.named_parameters():
+        if ".ffn.experts." in name and not name.startswith("mtp."):
+            assert p.grad is not None and bool(p.grad.ne(0).any()), name
+    queries = model.layers[1].attn.indexer.wq_b.weight.grad
+    assert queries is not None and bool(queries.ne(0).any())
