@@ -17,7 +17,6 @@ import errno
 import fcntl
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -237,8 +236,7 @@ class Images:
         dropped = [digest for _, digest, _ in image.layers if digest not in used]
         for digest in dropped:
             with self._locked(digest):
-                self._unmount(self.folder / "mounts" / digest)
-                self._unmount(self.folder / "lazy" / digest / "file")
+                self._unmount(digest)
                 for suffix in ("erofs", "json", "trace"):
                     (self.folder / "layers" / f"{digest}.{suffix}").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / "lazy" / digest, ignore_errors=True)
@@ -256,10 +254,10 @@ class Images:
     def _mount(self, digest: str) -> Path:
         target = self.folder / "mounts" / digest
         with self._locked(digest):
+            if not _alive(self.folder / "lazy" / digest / "file"):
+                self._unmount(digest)
             if os.path.ismount(target):
-                if _alive(target):
-                    return target
-                self._unmount(target)
+                return target
             target.mkdir(exist_ok=True)
             if self.present(digest):
                 source = self.file(digest)
@@ -274,11 +272,10 @@ class Images:
         """Takes an image's layers off their folders (sandboxes that run keep theirs)."""
         for _, digest, _ in self.get(name).layers:
             with self._locked(digest):
-                self._unmount(self.folder / "mounts" / digest)
-                self._unmount(self.folder / "lazy" / digest / "file")
+                self._unmount(digest)
 
-    def _unmount(self, target: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
+    def _unmount(self, digest: str) -> None:
+        for target in (self.folder / "mounts" / digest, self.folder / "lazy" / digest / "file"):
             while os.path.ismount(target) or not _alive(target):
                 erofs.unmount(target)
 
@@ -291,12 +288,11 @@ class Images:
 
 
 def _alive(target: Path) -> bool:
+    """False for a mount whose server is gone. (statvfs asks the server; stat may answer from the kernel's memory.)"""
     try:
-        os.stat(target)
-        if stat.S_ISDIR(os.stat(target).st_mode):
-            os.listdir(target)
+        os.statvfs(target)
     except FileNotFoundError:
-        raise
+        return True
     except OSError as problem:
         if problem.errno in (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED, errno.ESTALE):
             return False

@@ -1,0 +1,238 @@
+"""Layers that are mounted before they are here: only what is read is fetched, nothing wrong is kept, nothing hangs."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsec.errors import ImageError
+from dsec.images import lazy
+from dsec.images.layers import Images
+from dsec.images.lazy import Loader, Sparse
+from dsec.images.manifest import CHUNK, Layer, chunk_key
+
+FILES = 24
+
+
+@pytest.fixture
+def pushed(tmp_path: Path) -> tuple[Images, str, str]:
+    """(another host, the image's name, its layer's digest): an image in a store that the host has not fetched."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for i in range(FILES):
+        (root / f"f{i}").write_bytes(os.urandom(CHUNK + 1000))
+    here = Images(tmp_path / "here", str(tmp_path / "store"))
+    image = here.add("mine", root)
+    here.push("mine")
+    return Images(tmp_path / "there", str(tmp_path / "store")), "mine", image.layers[0][1]
+
+
+def want(tmp_path: Path, i: int) -> bytes:
+    return (tmp_path / "root" / f"f{i}").read_bytes()
+
+
+def status(images: Images, digest: str) -> dict[str, Any]:
+    time.sleep(2 * lazy.FLUSH_SECONDS)
+    found: dict[str, Any] = json.loads((images.folder / "lazy" / digest / "status").read_text())
+    return found
+
+
+def processes(digest: str) -> list[int]:
+    """The supervisor of a layer, then its worker."""
+    found = subprocess.run(["pgrep", "-f", f"dsec.images.lazy .* {digest}"], capture_output=True, text=True).stdout
+    return sorted(int(pid) for pid in found.split())
+
+
+def slow_store(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    real = lazy.serve
+    monkeypatch.setattr("dsec.images.lazy.serve", lambda images, digest: real(images, digest, seconds))
+
+
+pytestmark = pytest.mark.usefixtures("mountable")
+
+
+def test_only_what_is_read_is_fetched_and_a_whole_layer_needs_no_daemon(
+    tmp_path: Path, pushed: tuple[Images, str, str]
+) -> None:
+    images, name, digest = pushed
+    (mounted,) = images.mount(name)
+    assert (mounted / "f7").read_bytes() == want(tmp_path, 7)
+    found = status(images, digest)
+    assert 0 < found["fetched"] <= 0.25 * found["size"], found
+    assert images.mount(name) == [mounted] and len(processes(digest)) == 2, "one daemon however often it is asked for"
+    for i in range(FILES):
+        assert (mounted / f"f{i}").read_bytes() == want(tmp_path, i)
+    assert status(images, digest)["missing"] == 0
+    assert images.verify(name) == []
+    images.unmount(name)
+    time.sleep(0.5)
+    assert processes(digest) == []
+    (mounted,) = images.mount(name)
+    assert processes(digest) == [] and (mounted / "f1").read_bytes() == want(tmp_path, 1)
+
+
+def test_what_was_fetched_stays_fetched(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
+    images, name, digest = pushed
+    (mounted,) = images.mount(name)
+    assert (mounted / "f3").read_bytes() == want(tmp_path, 3)
+    status(images, digest)
+    for pid in processes(digest):
+        os.kill(pid, signal.SIGKILL)
+    (tmp_path / "store/chunks").rename(tmp_path / "store/away")  # what is here must do
+    (mounted,) = images.mount(name)
+    assert (mounted / "f3").read_bytes() == want(tmp_path, 3)
+    with pytest.raises(OSError) as caught:
+        (mounted / "f20").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert "is not in" in status(images, digest)["errors"][0]
+    (tmp_path / "store/away").rename(tmp_path / "store/chunks")
+    assert (mounted / "f20").read_bytes() == want(tmp_path, 20), "a failed read is not held against the chunk"
+
+
+def test_a_corrupt_chunk_is_an_error_and_never_data(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
+    images, name, digest = pushed
+    layer = images.layer(digest) if images.get(name) else None
+    assert layer
+    whole = (tmp_path / "here/images/layers" / f"{digest}.erofs").read_bytes()
+    index = whole.index(want(tmp_path, 5)[:4096]) // CHUNK
+    (tmp_path / "store" / chunk_key(layer.chunks[index])).write_bytes(bytes(CHUNK))
+    (mounted,) = images.mount(name)
+    with pytest.raises(OSError) as caught:
+        (mounted / "f5").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert f"chunk {layer.chunks[index]} is corrupt" in status(images, digest)["errors"][0]
+    start = index * CHUNK
+    (tmp_path / "store" / chunk_key(layer.chunks[index])).write_bytes(whole[start : start + CHUNK])
+    assert (mounted / "f5").read_bytes() == want(tmp_path, 5)
+
+
+def test_a_killed_worker_is_replaced_and_its_readers_never_know(
+    tmp_path: Path, pushed: tuple[Images, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, name, digest = pushed
+    slow_store(monkeypatch, 0.3)
+    (mounted,) = images.mount(name)
+    with ThreadPoolExecutor(6) as pool:
+        reads = [pool.submit((mounted / f"f{i}").read_bytes) for i in range(6)]
+        for _ in range(2):
+            time.sleep(0.4)
+            supervisor, worker = processes(digest)
+            os.kill(worker, signal.SIGKILL)
+        for i, read in enumerate(reads):
+            assert read.result(timeout=30) == want(tmp_path, i)
+    assert processes(digest)[0] == supervisor and processes(digest)[1] != worker
+
+
+def test_when_all_of_it_is_dead_reads_fail_and_nothing_hangs(
+    tmp_path: Path, pushed: tuple[Images, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, name, digest = pushed
+    slow_store(monkeypatch, 2.0)
+    images.get(name)
+    layer = images.layer(digest)
+    assert layer.chunks
+    (mounted,) = images.mount(name)
+    with ThreadPoolExecutor(4) as pool:
+        reads = [pool.submit((mounted / f"f{i}").read_bytes) for i in range(4)]
+        time.sleep(0.5)
+        os.kill(processes(digest)[0], signal.SIGKILL)  # the supervisor; its worker may not outlive it
+        started = time.monotonic()
+        for read in reads:
+            with pytest.raises(OSError):
+                read.result(timeout=20)
+        assert time.monotonic() - started < 5
+    time.sleep(0.2)
+    assert processes(digest) == []
+    monkeypatch.undo()
+    (mounted,) = images.mount(name)
+    assert (mounted / "f0").read_bytes() == want(tmp_path, 0)
+
+
+def test_the_start_is_traced_pushed_and_fetched_ahead(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
+    images, name, digest = pushed
+    (mounted,) = images.mount(name)
+    for i in (9, 4):
+        (mounted / f"f{i}").read_bytes()
+    images.unmount(name)
+    for _ in range(50):
+        if (trace := images.trace(digest)) is not None:
+            break
+        time.sleep(0.1)
+    assert trace is not None
+    order = json.loads(trace)
+    assert 3 <= len(order) <= 8
+    images.store.put(f"traces/{digest}.json", trace)
+    third = Images(tmp_path / "third", str(tmp_path / "store"))
+    third.mount(name)
+    found = status(third, digest)
+    assert found["chunks"] - found["missing"] >= len(order), "fetched before anybody asked"
+    assert found["fetched"] < found["size"] / 2
+
+
+# One process
+
+
+def layer_of(data: bytes) -> Layer:
+    pieces = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+    return Layer(len(data), tuple(hashlib.sha256(piece).hexdigest() for piece in pieces))
+
+
+def test_a_chunk_is_fetched_once_however_many_want_it(tmp_path: Path) -> None:
+    data = os.urandom(3 * CHUNK + 5)
+    layer, asked, gate = layer_of(data), Counter[str](), threading.Event()
+
+    def fetch(chunk: str) -> bytes:
+        asked[chunk] += 1
+        gate.wait(5)
+        index = layer.chunks.index(chunk)
+        return data[index * CHUNK : (index + 1) * CHUNK]
+
+    loader = Loader(Sparse(tmp_path, layer), fetch, None)
+    with ThreadPoolExecutor(16) as pool:
+        reads = [pool.submit(loader.read, CHUNK - 10, CHUNK + 20) for _ in range(16)]
+        time.sleep(0.1)
+        gate.set()
+        assert {read.result() for read in reads} == {data[CHUNK - 10 : 2 * CHUNK + 10]}
+    assert set(asked.values()) == {1} and len(asked) == 3
+    assert loader.read(3 * CHUNK, 4096) == data[3 * CHUNK :], "the last chunk is short"
+
+
+def test_a_fetch_that_failed_is_tried_again_by_the_next(tmp_path: Path) -> None:
+    data, fail = os.urandom(CHUNK), [True]
+
+    def fetch(chunk: str) -> bytes:
+        if fail.pop() if fail else False:
+            raise ImageError("away")
+        return data
+
+    loader = Loader(Sparse(tmp_path, layer_of(data)), fetch, None)
+    with pytest.raises(ImageError):
+        loader.read(0, 10)
+    assert loader.read(0, 10) == data[:10] and loader.errors == ["away"]
+
+
+def test_bits_are_written_after_their_data_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(2 * CHUNK)
+    layer, order = layer_of(data), []
+    sparse = Sparse(tmp_path, layer)
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (order.append((fd, os.pread(sparse.map, 1, 0))), real(fd)))
+    sparse.keep(1, data[CHUNK:])
+    assert not Sparse(tmp_path, layer).has(1), "a crash now loses it, and nothing worse"
+    sparse.flush()
+    assert [fd for fd, _ in order] == [sparse.data, sparse.map]
+    assert order[0][1] in (b"", b"\0"), "no bit vouched for data that was not yet there"
+    again = Sparse(tmp_path, layer)
+    assert again.has(1) and not again.has(0) and again.missing == 1
