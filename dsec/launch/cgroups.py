@@ -1,14 +1,17 @@
 """One cgroup per sandbox, joined before anything of the sandbox runs: limits, freezing, killing, counting.
 
-Three hosts exist: v2 alone; v1 with an empty v2 tree beside it ("hybrid", whose v2 half still kills and freezes); and
-none that we may write to (an ordinary user without delegation), where limits fall back to rlimits and PID 1's death.
+Three hosts exist: v2 alone; v1, with or without an empty v2 tree beside it ("hybrid": the v2 half is left alone, since
+joining it waits for a grace period of the whole kernel and joining v1's `tasks` does not); and none that we may write
+to (an ordinary user without delegation): no memory or CPU limit then, and PID 1's death ends the sandbox.
 A cgroup's name is the number of the sandbox's id range, so making it also claims that range for the whole host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,12 @@ FIRST_ID, RANGE = 131072, 65536
 """Host ids of sandbox number n are FIRST_ID + n * RANGE and the RANGE - 1 after it."""
 SLOTS = 30000
 _PARENT = "dsec"
-_V1 = ("memory", "cpu", "cpuacct", "pids")
+_V1 = ("memory", "cpu", "cpuacct", "pids", "freezer")
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Where our cgroups live. `unified` has cgroup.kill and cgroup.freeze; `v1` maps controller to its folder."""
+    """Where our cgroups live: below `unified` (v2), or below one folder per controller (v1)."""
 
     unified: Path | None
     v1: dict[str, Path]
@@ -41,9 +44,7 @@ def detect(root: Path = Path("/sys/fs/cgroup")) -> Hierarchy:
         parent = root if os.geteuid() == 0 else root / _own().lstrip("/")
         return Hierarchy(_prepare(parent), {})
     v1 = {name: folder for name in _V1 if (folder := _prepare(root / name)) is not None}
-    if "memory" not in v1 or "pids" not in v1:
-        return Hierarchy(None, {})
-    return Hierarchy(_prepare(root / "unified"), v1)
+    return Hierarchy(None, v1 if {"memory", "pids", "freezer"} <= v1.keys() else {})
 
 
 def _own() -> str:
@@ -64,6 +65,10 @@ def _prepare(parent: Path) -> Path | None:
             for each in (parent, folder):
                 if wanted:
                     (each / "cgroup.subtree_control").write_text(wanted)
+        if (
+            folder / "cpu.shares"
+        ).exists():  # as many shares as one process per core, not one for all sandboxes together
+            (folder / "cpu.shares").write_text(str(1024 * (os.cpu_count() or 1)))
         return folder if os.access(folder, os.W_OK) else None
     except OSError:
         return None
@@ -82,7 +87,7 @@ class Cgroup:
     @classmethod
     def claim(cls, where: Hierarchy) -> Cgroup:
         """A new one with a number nobody on this host has."""
-        while True:
+        while True:  # ends: there are many more numbers than processes
             group = cls(where, random.randrange(SLOTS))
             made: list[Path] = []
             try:
@@ -113,39 +118,48 @@ class Cgroup:
                 _write(v1["cpu"] / "cpu.cfs_quota_us", max(quota, 1000))
         elif self.where.unified:
             folder = self.where.unified / str(self.slot)
-            for name, value in (
+            settings: tuple[tuple[str, object], ...] = (
                 ("memory.max", bytes_),
                 ("memory.swap.max", 0),
                 ("memory.oom.group", 1),
                 ("pids.max", pids),
                 ("cpu.max", f"{max(quota, 1000)} 100000"),
-            ):
+            )
+            for name, setting in settings:
                 if (folder / name).exists() or name in ("memory.max", "pids.max"):
-                    _write(folder / name, value)
+                    _write(folder / name, setting)
+
+    @property
+    def joins(self) -> list[Path]:
+        """The files that a process writes "0" to in order to become a member."""
+        return [folder / ("tasks" if self.where.v1 else "cgroup.procs") for folder in self.folders]
 
     def freeze(self, on: bool) -> None:
-        """Stops or continues everything in it; returns when all have stopped. Raises OSError."""
-        assert self.where.unified is not None
-        folder = self.where.unified / str(self.slot)
-        _write(folder / "cgroup.freeze", int(on))
+        """Stops or continues everything in it; returns when all have. Raises TimeoutError after 5 s."""
+        if self.where.v1:
+            target = state = self.where.v1["freezer"] / str(self.slot) / "freezer.state"
+            ask, answer = ("FROZEN", "FROZEN") if on else ("THAWED", "THAWED")
+        else:
+            assert self.where.unified is not None
+            target = self.where.unified / str(self.slot) / "cgroup.freeze"
+            state, ask, answer = target.with_name("cgroup.events"), str(int(on)), f"frozen {int(on)}"
+        _write(target, ask)
         end = time.monotonic() + 5
-        while f"frozen {int(on)}" not in (folder / "cgroup.events").read_text():
+        while answer not in state.read_text():
             if time.monotonic() > end:
-                raise TimeoutError(f"cgroup {folder} did not {'freeze' if on else 'thaw'} within 5 s")
+                raise TimeoutError(f"{target} did not reach {answer!r} within 5 s")
             time.sleep(0.001)
 
     def kill(self) -> None:
-        """SIGKILL to everything in it, forks in flight included."""
-        if self.where.unified is not None:
-            target = self.where.unified / str(self.slot) / "cgroup.kill"
-            if target.exists():
-                _write(target, 1)
-                return
-        for pid in self.pids():  # older kernels: until nobody is left; the pids limit stops a race with forks
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                continue
+        """SIGKILL to everything in it. PID 1 takes its whole namespace along, forks in flight included."""
+        if self.where.unified is not None and (target := self.where.unified / str(self.slot) / "cgroup.kill").exists():
+            _write(target, 1)
+            return
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.where.v1:  # the frozen die when they thaw
+            _write(self.where.v1["freezer"] / str(self.slot) / "freezer.state", "THAWED")
 
     def pids(self) -> list[int]:
         """Live members."""

@@ -1,6 +1,6 @@
 /* Puts a sandbox's walls up in the one order that leaves no gap, then becomes bubblewrap.
  *
- *   launch --keep N [--cgroup DIR]... [--base UID] --root DIR (--size BYTES | --loop IMAGE) --lower DIR... -- PROGRAM ARG...
+ *   launch --keep N [--cgroup FILE]... [--base UID] --root DIR (--size BYTES | --loop IMAGE) --lower DIR... -- PROGRAM ARG...
  *
  * 1 a session of its own, no file descriptor above N    2 member of its cgroups, so nothing ever runs outside them
  * 3 a private mount namespace: nothing mounted here is seen by the host or outlives the sandbox
@@ -118,11 +118,7 @@ int main(int argc, char **argv) {
     setsid();
     umask(022);
     if (syscall(SYS_close_range, keep + 1, ~0U, 0) && errno != ENOSYS) die("close_range");
-    for (int k = 0; k < groups; k++) {
-        char procs[4096];
-        snprintf(procs, sizeof procs, "%s/cgroup.procs", cgroups[k]);
-        put(procs, "0");
-    }
+    for (int k = 0; k < groups; k++) put(cgroups[k], "0"); /* v1: "tasks", which moves one thread without stopping the world */
 
     int users = -1;
     if (geteuid() == 0) {

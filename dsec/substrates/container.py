@@ -1,7 +1,7 @@
 """Containers: bubblewrap over a capped overlay, the guest agent as PID 1, and nothing of the host's root inside.
 
-The order of the walls is in dsec/launch/launch.c; what bubblewrap adds is in `_walls`. As root every sandbox has its own
-range of host ids and its own cgroup; as an ordinary user id 0 inside is that user, and limits are rlimits and the size
+The order of the walls is in dsec/launch/launch.c; what bubblewrap adds is in `_walls`. As root every sandbox has
+ids and a cgroup of its own; as an ordinary user id 0 inside is that user, and limits are rlimits and the size
 of the memory disk (Capabilities.limits says which). Layers, top first: ours (the agent), a snapshot's, the image's.
 """
 
@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsec.errors import Capacity, DsecError, ImageError, NotFound, SandboxFailed, SubstrateUnavailable
 from dsec.guest import build
 from dsec.guest.protocol import Agent
-from dsec.launch import cgroups, seccomp
+from dsec.launch import cgroups, seccomp, selftest
 from dsec.launch.cgroups import Cgroup
 from dsec.substrates.base import Probe
 from dsec.types import Capabilities, Spec, Stats
@@ -78,8 +75,9 @@ class ContainerSubstrate:
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> Container:
         await self._prepare()
         lowers, mounts = await self._image(spec.image)
-        if snapshot is not None:
-            lowers = [lowers[0], *reversed(sorted((snapshot / "layers").iterdir())), *lowers[1:]]
+        if snapshot is not None:  # hard links: the snapshot may be deleted while we live
+            await asyncio.to_thread(_run, ["cp", "-al", snapshot / "layers", folder / "layers"])
+            lowers[1:1] = sorted((folder / "layers").iterdir(), reverse=True)
         group = None
         if self.groups.limits or self.root:
             group = Cgroup.claim(self.groups)
@@ -100,12 +98,12 @@ class ContainerSubstrate:
         return Container(self, pid, group, folder, agent, self.capabilities)
 
     def _spawn(
-        self, listener: socket.socket, folder: Path, spec: Spec, group: Cgroup | None, disk: list[str], lowers: list[Path],
-        mounts: list[str],
+        self, listener: socket.socket, folder: Path, spec: Spec, group: Cgroup | None, disk: list[str],
+        lowers: list[Path], mounts: list[str],
     ) -> int:  # fmt: skip
         argv = [str(self.launcher), "--keep", "4", "--root", str(folder), *disk]
         if group is not None:
-            argv += [part for path in group.folders for part in ("--cgroup", str(path))]
+            argv += [part for path in group.joins for part in ("--cgroup", str(path))]
             argv += ["--base", str(group.base)]
         argv += [part for lower in lowers for part in ("--lower", str(lower))]
         argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
@@ -138,6 +136,17 @@ class ContainerSubstrate:
         await self._prepare()
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
         return Container(self, pid, group, folder, await Agent.connect(folder / "agent.sock"), self.capabilities)
+
+    async def self_test(self) -> None:
+        """Raises SubstrateUnavailable unless every canary write from inside fails; see launch/selftest.py."""
+        folder = self.home / "tmp" / f"selftest-{os.getpid()}"
+        await asyncio.to_thread(folder.mkdir, 0o700, True, True)
+        with selftest.canary(self.home) as canary:
+            running = await self.create("selftest", Spec(), folder)
+            try:
+                await selftest.check(running.agent, canary, self.root)
+            finally:
+                await running.destroy()
 
     async def close(self) -> None:
         """Waits until what was destroyed is cleaned away."""
@@ -190,8 +199,6 @@ class ContainerSubstrate:
             elif path.exists():
                 self._inside += ["--ro-bind", "/dev/null", str(path)]
         if not self.groups.limits:
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            del soft, hard
             self._inside += ["--size", str(64 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
 
     async def _image(self, image: str) -> tuple[list[Path], list[str]]:
@@ -280,14 +287,14 @@ class Container:
         return await asyncio.shield(self._end)
 
     async def freeze(self) -> None:
-        if self._group is not None and self._group.where.unified is not None:
+        if self._group is not None and self._group.folders:
             await asyncio.to_thread(self._group.freeze, True)
         else:
             self.agent.signal_all(signal.SIGSTOP)
             await self.agent.ping()
 
     async def thaw(self) -> None:
-        if self._group is not None and self._group.where.unified is not None:
+        if self._group is not None and self._group.folders:
             await asyncio.to_thread(self._group.freeze, False)
         else:
             self.agent.signal_all(signal.SIGCONT)
@@ -318,11 +325,9 @@ class Container:
         shutil.rmtree(scratch, ignore_errors=True)
         layers = scratch / "layers"
         layers.mkdir(parents=True)
-        older = (
-            json.loads((self._folder / "layers.json").read_text()) if (self._folder / "layers.json").exists() else []
-        )
+        older = sorted((self._folder / "layers").iterdir()) if (self._folder / "layers").exists() else []
         for layer in older:
-            _run(["cp", "-al", layer, layers / Path(layer).name])
+            _run(["cp", "-al", layer, layers / layer.name])
         newest = layers / f"{len(older):04}"
         _run(["cp", "-a", "--reflink=auto", self._disk() / "upper", newest])
         if self._group is not None and self._of.root:
@@ -379,7 +384,7 @@ def _kill_inside(monitor: int) -> None:
 
 
 def _clean(batch: list[tuple[Cgroup | None, Path]]) -> list[tuple[Cgroup | None, Path]]:
-    left = []
+    left: list[tuple[Cgroup | None, Path]] = []
     for group, folder in batch:
         if group is not None and not group.remove():
             left.append((group, folder))
@@ -452,8 +457,8 @@ def _host_image(cache: Path) -> tuple[Path, list[str]]:
             (scratch / name).mkdir(parents=True)
         for name in ("tmp", "var/tmp"):
             (scratch / name).chmod(0o1777)
-        for name, target in links.items():
-            (scratch / name).symlink_to(target)
+        for name, link in links.items():
+            (scratch / name).symlink_to(link)
         for line in mounts[1::3]:
             (scratch / line.lstrip("/")).mkdir(exist_ok=True, parents=True)
         texts = {
@@ -485,6 +490,3 @@ def _host_image(cache: Path) -> tuple[Path, list[str]]:
             os.chown(scratch / "home/user", 1000, 1000)
         _settle(scratch, layer)
     return layer, mounts
-
-
-cleanup = partial(_clean)

@@ -1,0 +1,673 @@
+"""Owns this host's sandboxes. Every operation of the API is a method named op_*; server.py and tests call `call`.
+
+Order with a trajectory (spec 3.6): BEGIN durable, run, END durable, reply. Without one the operation just runs. What
+the Edge must not forget lies in each sandbox's folder (state.json) and in its agent, so a new Edge takes over where a
+killed one stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dsec.edge.box import Box, Command, recorded, unrecorded
+from dsec.edge.pool import Pool
+from dsec.errors import (
+    Capacity,
+    DsecError,
+    InvalidRequest,
+    NotFound,
+    OutcomeUnknown,
+    SandboxFailed,
+    StateLost,
+    SubstrateUnavailable,
+    Timeout,
+)
+from dsec.guest.protocol import OUTPUT_LIMIT
+from dsec.substrates import base
+from dsec.types import CommandResult, Record, SandboxInfo, Spec
+
+MAX_LIVE = 2000
+ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+Answer = dict[str, Any]
+
+
+class Edge:
+    """See the module. `start` adopts what an earlier Edge left; `stop` ends this process's part, not the sandboxes."""
+
+    def __init__(self, home: Path, host: str = "", max_live: int | None = None) -> None:
+        self.home, self.host = home, host or socket.gethostname()
+        self.max_live = max_live or int(os.environ.get("DSEC_MAX_LIVE", MAX_LIVE))
+        self.boxes: dict[str, Box] = {}
+        self.snapshots = home / "snapshots"
+        self.pool = Pool(self)
+        self.log: Any = None
+        self._substrates: dict[str, base.Substrate] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._keys: dict[str, asyncio.Future[SandboxInfo]] = {}
+        self._tested: dict[str, asyncio.Future[None]] = {}
+
+    # life of the Edge
+
+    async def start(self) -> None:
+        (self.home / "sandboxes").mkdir(exist_ok=True)
+        self.snapshots.mkdir(exist_ok=True)
+        await asyncio.gather(*(self._adopt(folder) for folder in sorted((self.home / "sandboxes").iterdir())))
+
+    async def stop(self, destroy: bool = False) -> None:
+        """Ends the Edge; sandboxes live on for the next one unless `destroy`."""
+        await self.pool.close()
+        if destroy:
+            await asyncio.gather(*(self._end(box, "the Edge was shut down") for box in list(self.boxes.values())))
+        for box in self.boxes.values():
+            self._release(box)
+            if box.running is not None:
+                box.running.agent.close()
+        for task in list(self._tasks):
+            task.cancel()
+        for substrate in self._substrates.values():
+            await substrate.close()
+        if self.log is not None:
+            await asyncio.to_thread(self.log.close)
+
+    def substrate(self, name: str) -> base.Substrate:
+        if name not in self._substrates:
+            self._substrates[name] = base.load(name, self.home)
+        return self._substrates[name]
+
+    async def _adopt(self, folder: Path) -> None:
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            spec = Spec.from_dict(state["spec"])
+        except (OSError, ValueError, KeyError, DsecError):
+            await asyncio.to_thread(shutil.rmtree, folder, True)  # never finished being made
+            return
+        box = Box(folder.name, spec, folder, self.host, state["isolation"], state["capabilities"], state["created"])
+        box.deadline, box.state, box.left, box.source = (
+            state["deadline"],
+            state["state"],
+            state["left"],
+            state["source"],
+        )
+        try:
+            if state["running"] is None:
+                raise NotFound("it was being made when the Edge ended")
+            box.running = await self.substrate(spec.substrate).adopt(box.id, spec, folder, state["running"])
+            if box.state == "running":
+                await asyncio.wait_for(box.recover(), 20)
+        except (DsecError, TimeoutError) as error:
+            box.state, box.reason = "dead", str(error)
+            if box.running is not None:
+                await box.running.destroy()
+            else:
+                await asyncio.to_thread(shutil.rmtree, folder, True)
+            return
+        self.boxes[box.id] = box
+        self._watch(box)
+
+    async def _self_test(self, substrate: base.Substrate) -> None:
+        """Once per Edge and substrate, before it serves: canary writes from inside must fail."""
+        test = getattr(substrate, "self_test", None)
+        if test is None:
+            return
+        if substrate.name not in self._tested:
+            self._tested[substrate.name] = asyncio.ensure_future(test())
+        try:
+            await asyncio.shield(self._tested[substrate.name])
+        except DsecError:
+            del self._tested[substrate.name]
+            raise
+
+    # calls
+
+    async def call(self, op: str, args: Mapping[str, Any], data: bytes = b"") -> tuple[Answer, bytes]:
+        """Runs one operation; raises DsecError. Bytes go beside the JSON in both directions."""
+        method = getattr(self, "op_" + op.replace(".", "_"), None)
+        if method is None or op.startswith("stream."):
+            raise NotFound(f"no operation {op!r}")
+        try:
+            answer = await (
+                method(**args, data=data) if op in ("files.write", "commands.send_stdin") else method(**args)
+            )
+        except TypeError as error:
+            if "argument" in str(error) and "op_" in str(error):
+                raise InvalidRequest(f"{op}: {str(error).partition(') ')[2] or error}") from None
+            raise
+        if isinstance(answer, bytes):
+            return {}, answer
+        return (answer.as_dict() if isinstance(answer, Record) else answer or {}), b""
+
+    async def stream(self, op: str, args: Mapping[str, Any]) -> AsyncIterator[tuple[str, bytes]]:
+        """("stdout" | "stderr", bytes) as they come, then ("result", JSON)."""
+        if op == "commands.run":
+            async for event in self._run(**args):
+                yield event
+        elif op == "commands.connect":
+            async for event in self._follow(self._box(args["id"]).command(int(args["command"]))):
+                yield event
+        else:
+            raise NotFound(f"no stream {op!r}")
+
+    def _box(self, id: str) -> Box:
+        box = self.boxes.get(id)
+        if box is None:
+            raise NotFound(f"no sandbox {id!r} on {self.host}")
+        return box
+
+    # making and ending sandboxes
+
+    async def op_create(self, spec: dict[str, Any] | Spec, pooled: bool = True) -> SandboxInfo:
+        spec = spec if isinstance(spec, Spec) else Spec.from_dict(spec)
+        if spec.idempotency_key is not None:  # the same key asks for the same sandbox, also while it is being made
+            known = self._keys.get(spec.idempotency_key)
+            if known is None or (known.done() and (known.cancelled() or known.exception())):
+                known = self._keys[spec.idempotency_key] = asyncio.ensure_future(self._create(spec, pooled))
+            return await asyncio.shield(known)
+        return await self._create(spec, pooled)
+
+    async def _create(self, spec: Spec, pooled: bool) -> SandboxInfo:
+        if spec.trajectory is not None:
+            return await self._resume(spec)
+        box = self.pool.claim(spec) if pooled else None
+        if box is None:
+            box = await self.make(spec)
+        return box.info()
+
+    async def make(self, spec: Spec, snapshot: str = "") -> Box:
+        """A new sandbox, with the files of a snapshot if one is named."""
+        if spec.image.startswith("snapshot:"):
+            snapshot = spec.image.partition(":")[2]
+        source = self._snapshot(snapshot) if snapshot else None
+        if source is not None:
+            spec = spec.but(image=json.loads((source / "meta.json").read_text())["image"])
+        if len(self.boxes) >= self.max_live:
+            raise Capacity(f"{len(self.boxes)} sandboxes are live on {self.host}, its limit is {self.max_live}")
+        substrate = self.substrate(spec.substrate)
+        isolation = substrate.capabilities.isolation
+        if isolation < spec.isolation_min:
+            raise SubstrateUnavailable(
+                f"{spec.substrate} gives isolation level {isolation} here, {spec.isolation_min} was asked for",
+                reason=f"isolation {isolation} < {spec.isolation_min}",
+                fix="choose another substrate, or lower isolation_min",
+            )
+        await self._self_test(substrate)
+        id = f"sb-{secrets.token_hex(8)}"
+        folder = self.home / "sandboxes" / id
+        folder.mkdir(mode=0o700)
+        box = Box(id, spec, folder, self.host, isolation, substrate.capabilities.as_dict(), source=snapshot)
+        self.boxes[id] = box
+        try:
+            box.running = await substrate.create(id, spec, folder, source)
+        except BaseException:
+            del self.boxes[id]
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+            raise
+        box.state, box.deadline = "running", time.time() + spec.timeout
+        box.save()
+        self._watch(box)
+        return box
+
+    def _watch(self, box: Box) -> None:
+        """Sets the deadline's clock, and notices when the sandbox dies or its agent lies."""
+        self._arm(box)
+        box.watcher = self._task(self._until_dead(box))
+
+    def _task(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _arm(self, box: Box) -> None:
+        if box.timer is not None:
+            box.timer.cancel()
+        if box.state == "running":
+            delay = max(box.deadline - time.time(), 0)
+            box.timer = asyncio.get_running_loop().call_later(
+                delay, lambda: self._task(self._end(box, "its time was over"))
+            )
+
+    async def _until_dead(self, box: Box) -> None:
+        assert box.running is not None
+        ended = asyncio.ensure_future(box.running.died())
+        await asyncio.wait([ended, box.running.agent.failed], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([ended], timeout=1.0)  # the process's end says more than the connection's
+        reason = ended.result() if ended.done() else box.running.agent.failed.result()
+        ended.cancel()
+        await self._end(box, reason, "failed")
+
+    async def _end(self, box: Box, reason: str, state: str = "dead") -> None:
+        if box.state in ("dead", "failed"):
+            return
+        box.state, box.reason = state, reason
+        if box.timer is not None:
+            box.timer.cancel()
+        if box.watcher is not None and box.watcher is not asyncio.current_task():
+            box.watcher.cancel()
+        if box.running is not None:
+            await box.running.destroy()
+        self._release(box)
+        # results of commands stay readable for a while, the rest is gone
+        asyncio.get_running_loop().call_later(60, lambda: self.boxes.pop(box.id, None))
+        if not box.commands:
+            self.boxes.pop(box.id, None)
+
+    def _release(self, box: Box) -> None:
+        if box.trajectory is not None:
+            box.trajectory.release()
+            box.trajectory = None
+
+    async def op_connect(self, id: str, timeout: float | None = None) -> SandboxInfo:
+        """The sandbox, resumed if it was paused; its deadline moves only when `timeout` is given."""
+        box = self._box(id)
+        if box.state == "paused":
+            await self.op_resume(id)
+        box.alive()
+        if timeout is not None:
+            await self.op_set_timeout(id, timeout)
+        return box.info()
+
+    async def op_info(self, id: str) -> SandboxInfo:
+        return self._box(id).info()
+
+    async def op_list(self, metadata: dict[str, str] | None = None, state: list[str] | None = None) -> Answer:
+        wanted = (metadata or {}).items()
+        found = [box.info() for box in self.boxes.values() if wanted <= box.spec.metadata.items()]
+        return {"sandboxes": [info.as_dict() for info in found if info.state in (state or ("running", "paused"))]}
+
+    async def op_kill(self, id: str) -> Answer:
+        box = self.boxes.get(id)
+        if box is None or box.state in ("dead", "failed"):
+            return {"killed": False}
+        await self._end(box, "killed")
+        return {"killed": True}
+
+    async def op_set_timeout(self, id: str, timeout: float) -> SandboxInfo:
+        box = self._box(id)
+        if not timeout >= 0:
+            raise InvalidRequest(f"timeout must not be negative: {timeout!r}")
+        box.deadline, box.left = time.time() + timeout, timeout
+        self._arm(box)
+        box.save()
+        return box.info()
+
+    async def op_pause(self, id: str) -> SandboxInfo:
+        """Stops its processes and its clock."""
+        box = self._box(id)
+        await box.alive().freeze()
+        box.state, box.left = "paused", max(box.deadline - time.time(), 0)
+        self._arm(box)
+        box.save()
+        return box.info()
+
+    async def op_resume(self, id: str) -> SandboxInfo:
+        box = self._box(id)
+        if box.state == "paused" and box.running is not None:
+            await box.running.thaw()
+            box.state, box.deadline = "running", time.time() + box.left
+            if not box.commands:
+                await box.recover()
+            self._arm(box)
+            box.save()
+        box.alive()
+        return box.info()
+
+    async def op_metrics(self, id: str) -> Record:
+        box = self._box(id)
+        if box.running is None:
+            box.alive()
+        assert box.running is not None
+        return await box.running.stats()
+
+    def _snapshot(self, id: str) -> Path:
+        folder = self.snapshots / id
+        if "/" in id or id.startswith(".") or not folder.is_dir():
+            raise NotFound(f"no snapshot {id!r} on {self.host}")
+        return folder
+
+    async def op_snapshot(self, id: str) -> Answer:
+        box = self._box(id)
+        name = f"snap-{secrets.token_hex(8)}"
+        scratch = self.snapshots / f".{name}"
+        await box.alive().snapshot(scratch)
+        (scratch / "meta.json").write_text(json.dumps({"image": box.spec.image, "substrate": box.spec.substrate}))
+        await asyncio.to_thread(_sync, scratch)
+        os.rename(scratch, self.snapshots / name)
+        return {"snapshot": name}
+
+    async def op_delete_snapshot(self, snapshot: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._snapshot(snapshot))
+
+    async def op_fork(self, id: str, count: int = 1) -> Answer:
+        """`count` sandboxes with the files this one has now; each entry is an info or an error."""
+        box = self._box(id)
+        if not 1 <= count <= 1000:
+            raise InvalidRequest(f"count is 1 to 1000, not {count!r}")
+        snapshot = (await self.op_snapshot(id))["snapshot"]
+        spec = box.spec.but(trajectory=None, idempotency_key=None)
+        try:
+            made = await asyncio.gather(*(self.make(spec, snapshot) for _ in range(count)), return_exceptions=True)
+        finally:
+            await self.op_delete_snapshot(snapshot)
+        answers = []
+        for each in made:
+            if isinstance(each, BaseException) and not isinstance(each, DsecError):
+                raise each
+            answers.append(recorded(each) if isinstance(each, DsecError) else {"info": each.info().as_dict()})
+        return {"forks": answers}
+
+    async def op_pool(self, spec: dict[str, Any], size: int) -> Answer:
+        """Keeps `size` sandboxes of this kind ready; returns how many are."""
+        return {"ready": await self.pool.resize(Spec.from_dict(spec), size)}
+
+    async def op_status(self) -> Answer:
+        return {"host": self.host, "pid": os.getpid(), "live": len(self.boxes), "max_live": self.max_live}
+
+    async def op_call(
+        self, id: str, function: str, args: list[Any], kwargs: dict[str, Any], timeout: float | None = 60
+    ) -> Answer:
+        """A function sandbox's call: a registered name, or code that defines main()."""
+        box = self._box(id)
+        call = getattr(box.alive(), "call", None)
+        if call is None:
+            raise InvalidRequest(f"a {box.spec.substrate} runs commands, not calls")
+
+        async def act(step: int) -> Answer:
+            return {"value": await call(function, args, kwargs, timeout)}
+
+        return await self._logged(box, "call", {"function": function, "args": args, "kwargs": kwargs}, act)
+
+    # trajectories
+
+    async def _open_log(self) -> Any:
+        if self.log is None:
+            from dsec.trajectory import TrajectoryLog
+
+            self.log = TrajectoryLog(self.home / "log")
+        return self.log
+
+    async def _resume(self, spec: Spec) -> SandboxInfo:
+        """The sandbox of a trajectory: new, the living one, one restored from its newest snapshot, or results only."""
+        log = await self._open_log()
+        trajectory = await log.open(spec.trajectory, spec, spec.branch)
+        mine = [
+            box for box in self.boxes.values() if box.state in ("running", "paused")
+            and (box.spec.trajectory, box.spec.branch) == (spec.trajectory, spec.branch)
+        ]  # fmt: skip
+        if mine:
+            box = mine[0]
+            if box.state == "paused":
+                await self.op_resume(box.id)
+            if trajectory.steps:
+                trajectory.attach("alive", journal=lambda step: self._journal(box, step))
+        elif not trajectory.steps:
+            box = await self.make(spec)
+        elif (snapshot := trajectory.newest_snapshot) is not None and (self.snapshots / str(snapshot.marker)).is_dir():
+            box = await self.make(spec, str(snapshot.marker))
+            trajectory.attach("behind", snapshot.step)
+        else:
+            box = await self.make(spec)  # its files are not those of the log, so nothing new may run in it
+            trajectory.attach("lost")
+        box.trajectory = trajectory
+        return box.info()
+
+    async def _journal(self, box: Box, step: int) -> Any:
+        """How a step ended inside a sandbox that is alive, as the trajectory asks when it finds no END."""
+        from dsec.trajectory import NOT_STARTED
+
+        if box.trajectory is None or box.trajectory._branch.entries[step].kind != "commands.run":
+            return None  # only commands are in the agent's journal
+        commands = [command for command in box.commands.values() if command.step == step + 1]
+        if not commands:
+            return NOT_STARTED
+        try:
+            return (await asyncio.shield(commands[-1].result)).as_dict()
+        except Timeout as error:
+            return recorded(error)
+
+    async def _logged(
+        self, box: Box, kind: str, args: dict[str, Any], act: Callable[[int], Awaitable[Answer]],
+        idempotent: bool = False, on_unknown: Literal["retry", "fail", "restore_then_retry"] = "fail",
+    ) -> Answer:  # fmt: skip
+        """The operation through the box's trajectory, if it has one."""
+        trajectory = box.trajectory
+        if trajectory is None:
+            return await act(0)
+        if trajectory.snapshot_due(on_unknown=on_unknown):
+            await trajectory.snapshot((await self.op_snapshot(box.id))["snapshot"])
+        ticket = await trajectory.begin(kind, args, idempotent=idempotent, on_unknown=on_unknown)
+        if hasattr(ticket, "result"):
+            return unrecorded({**ticket.result, "replayed": True})
+        if ticket.restore is not None:
+            await self._roll_back(box, str(ticket.restore))
+        try:
+            result = await act(ticket.step + 1)
+        except (SandboxFailed, StateLost, OutcomeUnknown):
+            raise  # how it ended is not known: the BEGIN stays without an END
+        except DsecError as error:
+            result = recorded(error)
+        return unrecorded(await trajectory.end(ticket, result))
+
+    async def _roll_back(self, box: Box, snapshot: str) -> None:
+        """Gives the box the files of a snapshot: a fresh sandbox under the same name."""
+        if box.watcher is not None:
+            box.watcher.cancel()
+        assert box.running is not None
+        old, box.commands = box.running, {}
+        folder = self.home / "sandboxes" / f"{box.id}.{secrets.token_hex(3)}"
+        folder.mkdir(mode=0o700)
+        box.running = await self.substrate(box.spec.substrate).create(
+            box.id, box.spec, folder, self._snapshot(snapshot)
+        )
+        box.folder = folder
+        await old.destroy()
+        box.save()
+        self._watch(box)
+
+    async def op_log_snapshot(self, id: str) -> Answer:
+        """Captures the files into the trajectory, so that a resume after the sandbox's death goes on from here."""
+        box = self._box(id)
+        if box.trajectory is None:
+            raise InvalidRequest(f"sandbox {id} has no trajectory")
+        answer = await self.op_snapshot(id)
+        await box.trajectory.snapshot(answer["snapshot"])
+        return answer
+
+    # commands
+
+    async def _options(self, box: Box, user: str | None, env: dict[str, str] | None, cwd: str | None) -> dict[str, Any]:
+        uid, gid, home = await self._user(box, user or box.spec.user)
+        return {"uid": uid, "gid": gid, "cwd": cwd or home, "env": {**ENV, "HOME": home, **box.spec.env, **(env or {})}}
+
+    async def _user(self, box: Box, user: str) -> tuple[int, int, str]:
+        """Looked up in the sandbox's own passwd file; numbers are taken as they are."""
+        if user in ("root", "0"):
+            return 0, 0, "/root"
+        if user.isdecimal():
+            return int(user), int(user), "/"
+        with contextlib.suppress(NotFound):
+            for line in (
+                (await box.alive().agent.read("/etc/passwd", size=1 << 20)).decode("utf-8", "replace").splitlines()
+            ):
+                parts = line.split(":")
+                if len(parts) >= 6 and parts[0] == user and parts[2].isdecimal() and parts[3].isdecimal():
+                    return int(parts[2]), int(parts[3]), parts[5] or "/"
+        raise InvalidRequest(f"no user {user!r} in the sandbox")
+
+    async def op_commands_start(
+        self, id: str, command: str | list[str], cwd: str | None = None, env: dict[str, str] | None = None,
+        user: str | None = None, timeout: float | None = 60, stdin: bool = False, tty: list[int] | None = None,
+        limit: int = OUTPUT_LIMIT,
+    ) -> Answer:  # fmt: skip
+        """Starts a command in the background; it goes on whoever leaves."""
+        box = self._box(id)
+        options = await self._options(box, user, env, cwd)
+        size = (tty[0], tty[1]) if tty else None
+        args = {"command": command, "cwd": cwd, "env": env, "user": user}
+
+        async def act(step: int) -> Answer:
+            started = box.start(command, timeout, 0, stdin=stdin, tty=size, limit=limit, **options)
+            return {"command": started.id}
+
+        return await self._logged(box, "commands.start", args, act)
+
+    async def _run(
+        self, id: str, command: str | list[str], cwd: str | None = None, env: dict[str, str] | None = None,
+        user: str | None = None, timeout: float | None = 60, limit: int = OUTPUT_LIMIT, idempotent: bool = False,
+        on_unknown: Literal["retry", "fail", "restore_then_retry"] = "fail", input: str | None = None,
+    ) -> AsyncIterator[tuple[str, bytes]]:  # fmt: skip
+        """A command from start to end: its events. With a trajectory the result is durable before it is told."""
+        box = self._box(id)
+        running: asyncio.Future[Command] = asyncio.get_running_loop().create_future()
+
+        async def act(step: int) -> Answer:
+            options = await self._options(box, user, env, cwd)
+            started = box.start(command, timeout, step, limit=limit, stdin=input is not None, **options)
+            if input is not None and started.process is not None:
+                started.process.send(base64.b64decode(input))
+                started.process.close_stdin()
+            running.set_result(started)
+            return (await asyncio.shield(started.result)).as_dict()
+
+        args = {"command": command, "cwd": cwd, "env": env, "user": user, "input": input}
+        work = self._task(self._logged(box, "commands.run", args, act, idempotent, on_unknown))  # goes on without us
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait([work, running], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            async for event in running.result().events():
+                yield event
+        result = await asyncio.shield(work)
+        if result.get("replayed"):
+            for name in ("stdout", "stderr"):
+                if result[name]:
+                    yield name, result[name].encode()
+        elif box.trajectory is not None and running.result().id in box.commands:
+            box.forget(running.result())  # the log has it
+        yield "result", json.dumps(result).encode()
+
+    async def _follow(self, command: Command) -> AsyncIterator[tuple[str, bytes]]:
+        async for event in command.events():
+            yield event
+        yield "result", json.dumps((await asyncio.shield(command.result)).as_dict()).encode()
+
+    async def op_commands_run(self, **args: Any) -> Record:
+        """Without streaming: the result alone."""
+        async for kind, data in self._run(**args):
+            if kind == "result":
+                return CommandResult(**json.loads(data))
+        raise AssertionError("a run ends with a result")
+
+    async def op_commands_list(self, id: str) -> Answer:
+        return {"commands": [command.as_dict() for command in self._box(id).commands.values()]}
+
+    async def op_commands_kill(self, id: str, command: int, signal: int = signal.SIGKILL) -> Answer:
+        found = self._box(id).command(command)
+        if found.result.done() or found.process is None:
+            return {"killed": False}
+        found.process.signal(signal)
+        return {"killed": True}
+
+    async def op_commands_send_stdin(self, id: str, command: int, close: bool = False, data: bytes = b"") -> None:
+        process = self._box(id).command(command).process
+        assert process is not None
+        process.send(data)
+        if close:
+            process.close_stdin()
+        await self._box(id).alive().agent.drained()
+
+    async def op_commands_resize(self, id: str, command: int, rows: int, columns: int) -> None:
+        process = self._box(id).command(command).process
+        assert process is not None
+        process.resize(rows, columns)
+
+    # files: resolved inside the sandbox by its agent
+
+    async def op_files_read(self, id: str, path: str, offset: int = 0, size: int = 1 << 28) -> bytes:
+        box = self._box(id)
+
+        async def act(step: int) -> Answer:
+            return {"data": await box.alive().agent.read(path, offset, size)}
+
+        answer = await self._logged(box, "files.read", {"path": path, "offset": offset, "size": size}, act, True)
+        value = answer["data"]
+        return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
+
+    async def op_files_write(
+        self, id: str, path: str, mode: int = 0o644, append: bool = False, data: bytes = b""
+    ) -> Answer:
+        box = self._box(id)
+
+        async def act(step: int) -> Answer:
+            await box.alive().agent.write(path, data, mode, append)
+            return {"size": len(data)}
+
+        args = {"path": path, "mode": mode, "append": append, "data": data}
+        return await self._logged(box, "files.write", args, act, idempotent=not append)
+
+    async def op_files_list(self, id: str, path: str) -> Answer:
+        box = self._box(id)
+
+        async def act(step: int) -> Answer:
+            return {"entries": [entry.as_dict() for entry in await box.alive().agent.list(path)]}
+
+        return await self._logged(box, "files.list", {"path": path}, act, True)
+
+    async def op_files_get_info(self, id: str, path: str) -> Answer:
+        box = self._box(id)
+
+        async def act(step: int) -> Answer:
+            return (await box.alive().agent.stat(path)).as_dict()
+
+        return await self._logged(box, "files.get_info", {"path": path}, act, True)
+
+    async def op_files_remove(self, id: str, path: str) -> Answer:
+        box = self._box(id)
+
+        async def act(step: int) -> Answer:
+            await box.alive().agent.remove(path)
+            return {}
+
+        return await self._logged(box, "files.remove", {"path": path}, act)
+
+    async def op_files_rename(self, id: str, path: str, to: str) -> Answer:
+        box = self._box(id)
+
+        async def act(step: int) -> Answer:
+            await box.alive().agent.rename(path, to)
+            return {}
+
+        return await self._logged(box, "files.rename", {"path": path, "to": to}, act)
+
+    async def op_files_make_dir(self, id: str, path: str) -> Answer:
+        box = self._box(id)
+
+        async def act(step: int) -> Answer:
+            await box.alive().agent.make_dir(path)
+            return {}
+
+        return await self._logged(box, "files.make_dir", {"path": path}, act, True)
+
+
+def _sync(folder: Path) -> None:
+    """Makes a small finished tree durable: its files, then its folders."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            path = os.path.join(root, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                os.fsync(fd)
+                os.close(fd)
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)

@@ -1,0 +1,133 @@
+"""The Edge behind a unix socket: many requests on one connection, JSON heads with bytes beside them.
+
+A message is u32 length of the head, u32 length of the bytes, head, bytes. Requests carry id, op, args (and stream:
+true for events); answers carry the id and one of result, error, event. {"id": n, "cancel": true} stops listening to n;
+the work goes on. Whoever may open the socket (mode 0600) is the Edge's owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsec.edge.edge import Edge
+from dsec.errors import DsecError, InvalidRequest, to_wire
+from dsec.guest.build import home as default_home
+
+HEAD = struct.Struct("<II")
+MAX_HEAD, MAX_DATA = 1 << 24, 1 << 29
+
+
+def message(head: dict[str, Any], data: bytes = b"") -> bytes:
+    """The bytes of one message."""
+    text = json.dumps(head).encode()
+    return HEAD.pack(len(text), len(data)) + text + data
+
+
+async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
+    """The next message; raises IncompleteReadError at the end and InvalidRequest for nonsense."""
+    head, data = HEAD.unpack(await reader.readexactly(HEAD.size))
+    if head > MAX_HEAD or data > MAX_DATA:
+        raise InvalidRequest(f"a message of {head} + {data} bytes")
+    value = json.loads(await reader.readexactly(head))
+    return value, await reader.readexactly(data) if data else b""
+
+
+class Server:
+    """Serves one Edge. `run` returns when asked to shut down, by call or signal."""
+
+    def __init__(self, edge: Edge, path: Path) -> None:
+        self.edge, self.path = edge, path
+        self.over = asyncio.Event()
+        self.destroy = False
+
+    async def run(self) -> None:
+        self.path.unlink(missing_ok=True)
+        old = os.umask(0o177)
+        server = await asyncio.start_unix_server(self._client, self.path)
+        os.umask(old)
+        await self.over.wait()
+        server.close()
+        self.path.unlink(missing_ok=True)
+        await self.edge.stop(self.destroy)
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks: dict[int, asyncio.Task[None]] = {}
+        try:
+            while True:
+                head, data = await receive(reader)
+                id = int(head["id"])
+                if head.get("cancel"):
+                    if id in tasks:
+                        tasks[id].cancel()
+                    continue
+                tasks[id] = asyncio.ensure_future(self._serve(head, data, writer))
+                tasks[id].add_done_callback(lambda _, id=id: tasks.pop(id, None))  # type: ignore[misc]
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError, DsecError, ValueError, KeyError):
+            pass  # it went away, or talks nonsense: what it started goes on
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            writer.close()
+
+    async def _serve(self, head: dict[str, Any], data: bytes, writer: asyncio.StreamWriter) -> None:
+        id, op, args = head["id"], str(head.get("op")), head.get("args") or {}
+        try:
+            if op == "shutdown":
+                self.destroy = bool(args.get("destroy"))
+                writer.write(message({"id": id, "result": {}}))
+                self.over.set()
+            elif head.get("stream"):
+                async for kind, piece in self.edge.stream(op, args):
+                    writer.write(message({"id": id, "event": kind}, piece))
+                    await writer.drain()
+            else:
+                # shielded: a client that goes away must not leave half a sandbox
+                result, out = await asyncio.shield(asyncio.ensure_future(self.edge.call(op, args, data)))
+                writer.write(message({"id": id, "result": result}, out))
+        except DsecError as error:
+            writer.write(message({"id": id, "error": to_wire(error)}))
+        except ConnectionError:
+            return
+        except Exception as error:
+            writer.write(
+                message({"id": id, "error": {"error": "DsecError", "message": f"{type(error).__name__}: {error}"}})
+            )
+            raise
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+
+
+async def serve(home: Path) -> None:
+    """This host's Edge for `home`: one only, held by a lock that dies with the process."""
+    lock = open(home / "edge.lock", "w")  # noqa: SIM115 - held as long as the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return
+    edge = Edge(home)
+    await edge.start()
+    server = Server(edge, home / "edge.sock")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, server.over.set)
+    await server.run()
+    lock.close()
+
+
+def main() -> None:
+    """`python -m dsec.edge.server [HOME]`."""
+    home = Path(sys.argv[1]) if len(sys.argv) > 1 else default_home()
+    asyncio.run(serve(home))
+
+
+if __name__ == "__main__":
+    main()
