@@ -106,7 +106,7 @@ def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any
     """Every token through its own experts; `reference.routed_experts` is the specification, `numerics.packed_experts`
     for packed or streamed stacks."""
     if not isinstance(w1, Tensor):
-        first = w1[int(experts[0, 0])]
+        first = w1 if isinstance(w1, Packed) else w1[int(experts[0, 0])]
         usable = x.dtype == torch.bfloat16 and w2.shape[-1] % 32 == 0 and _cpu_linear.packed_usable(x, first)
         return (_cpu_linear if usable else numerics).packed_experts(x, experts, weights, w1, w2, w3, limit)
     backend = _cpu_linear if _cpu_linear.plain(x, w1, w2, w3) else reference

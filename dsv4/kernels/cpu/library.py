@@ -59,7 +59,6 @@ def library() -> ctypes.CDLL | None:
                 )
                 built.rename(target)
         _share_threads()
-        _keep_memory()
         return ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
         log.warning(
@@ -74,15 +73,6 @@ def _share_threads() -> None:
     """torch's own OpenMP first and for all: two of them would keep two sets of threads that fight for the cores."""
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-
-
-def _keep_memory() -> None:
-    """glibc hands large freed blocks back to the system and pays a page fault for every 4 KiB of the next one: a sixth
-    of a prefill's time. Blocks up to 32 MiB (its limit) stay with the process instead."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 @cache

@@ -60,10 +60,15 @@ def routed_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float
 ) -> Tensor:
     """See the reference of the same name; here a token adds its experts in the order of their numbers."""
-    size = w1[0].numel() * w1.element_size()
-    numbers = torch.arange(w1.shape[0])
-    table = torch.stack([w.data_ptr() + numbers * size for w in (w1, w2, w3)] + [torch.zeros_like(numbers)] * 3, 1)
+    table = _places(w1, w2, w3, w1[:, :0], w2[:, :0], w3[:, :0])
     return _experts("experts", x, experts, weights, table, w1.shape[1], limit)
+
+
+def _places(*stacks: Tensor) -> Tensor:
+    """int64 [E, 6]: where every expert's part of these stacks [E, ..] begins."""
+    starts = torch.tensor([t.data_ptr() for t in stacks])
+    steps = torch.tensor([t.stride(0) * t.element_size() for t in stacks])
+    return starts + steps * torch.arange(stacks[0].shape[0])[:, None]
 
 
 def _experts(name: str, x: Tensor, experts: Tensor, weights: Tensor, table: Tensor, inner: int, limit: float) -> Tensor:
@@ -131,12 +136,16 @@ def expanded(weight: Packed) -> Tensor:
 def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     """See `numerics.packed_experts`; a streamed stack gives only the experts that are asked for, which stay until the
     product is done."""
+    rows, held = rounded(x), []
+    if isinstance(w1, Packed):
+        scales = [powers(w) for w in (w1, w2, w3)]
+        table = _places(w1.elements, w2.elements, w3.elements, *(s for s in scales if s is not None))
+        return _experts(f"experts_{_name(w1)}", rows, experts, weights, table, w1.shape[1], limit)
     table = torch.zeros(w1.shape[0], 6, dtype=torch.int64)
-    held = []
     for e in experts.unique().tolist():
         one = [w[e] for w in (w1, w2, w3)]
         scales = [powers(w) for w in one]
         held.append((one, scales))
         pointers = [w.elements.data_ptr() for w in one] + [s.data_ptr() for s in scales if s is not None]
         table[e] = torch.tensor(pointers)
-    return _experts(f"experts_{_name(one[0])}", rounded(x), experts, weights, table, w1.shape[1], limit)
+    return _experts(f"experts_{_name(one[0])}", rows, experts, weights, table, w1.shape[1], limit)

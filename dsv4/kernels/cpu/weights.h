@@ -7,6 +7,9 @@
 
 #include "lanes.h"
 
+// Fetches what the next 16 rows hold at this place: 16 streams at once are too many for the processor to foresee.
+inline void ahead(const void* p, long row) { __builtin_prefetch((const char*)p + 16 * row, 0, 2); }
+
 template <class S>
 struct Plain {
     typedef S X;
@@ -82,6 +85,8 @@ struct Fp4 {
         vec sum[16] = {};
         for (long b = 0; b < K >> 5; b++) {
             Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
+            if (b % 4 == 0)
+                for (int r = 0; r < 16; r++) ahead(p[r] + 16 * b, K / 2);
 #pragma GCC unroll 16
             for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + 16 * b, s[r][b], quick));
         }
@@ -139,6 +144,8 @@ struct Fp8 {
         vec sum[16] = {};
         for (long k = 0; k < K; k += 32) {
             Chunk<bf16> x = Chunk<bf16>::take(a + k);
+            if (k % 64 == 0)
+                for (int r = 0; r < 16; r++) ahead(p[r] + k, K);
 #pragma GCC unroll 16
             for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + k, s[r][k >> 7], quick));
         }
