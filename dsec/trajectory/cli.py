@@ -121,6 +121,24 @@ def verify(folder: Path | None = FOLDER, as_json: bool = JSON) -> None:
 
 
 @app.command()
+def quarantine(shard: str = typer.Argument("local"), folder: Path | None = FOLDER) -> None:
+    """Put a damaged log aside so that its Edge starts again; trajectories that were in it stay closed.
+
+    \b
+    Example:
+      dsec log quarantine local
+    """
+    from dsec.errors import DsecError
+    from dsec.trajectory.log import quarantine as aside
+
+    try:
+        typer.echo(aside(_folder(folder), shard))
+    except DsecError as problem:
+        typer.echo(f"dsec: error: {problem}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def replay(name: str, step: int = typer.Option(-1, help="Only this step."), folder: Path | None = FOLDER) -> None:
     """Print what a trajectory's commands printed, in order, as its program saw it. Nothing runs.
 

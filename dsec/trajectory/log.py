@@ -200,6 +200,8 @@ class TrajectoryLog(Records):
             found = self._load(wanted.trajectory, wanted.name)
             if found and found.epoch >= taken:  # the folder of epochs was lost, the log was not
                 taken = self.take_epoch(wanted.stream, epoch, found.epoch)
+            if found is None and taken > 1 and (quarantine := self.folder / "quarantine").exists():
+                raise corrupt(quarantine, 0, f"the records of {wanted.trajectory!r}@{wanted.name} may be in it")
         return await self.adopt(found or wanted, taken, wanted.identity, wanted.image, on_divergence)
 
     async def adopt(self, branch: Branch, epoch: int, identity: Any, image: str, on_divergence: str) -> Trajectory:
@@ -305,6 +307,28 @@ class TrajectoryLog(Records):
         self.writer.close()
         super().close()
         self._lock.close()
+
+
+def quarantine(folder: Path, shard: str) -> Path:
+    """Puts a damaged shard aside, whole, so that its Edge can start again; returns where it went.
+
+    Branches that were ever opened here and are now unknown stay closed (LogCorrupt): to start them anew would run their
+    commands a second time. Fenced while a process writes the shard.
+    """
+    source = folder / "shards" / shard
+    if not source.is_dir():
+        raise NotFound(f"{folder} has no shard {shard!r}")
+    with open(source / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Fenced(f"a process writes the log in {source}") from None
+        target = folder / "quarantine" / f"{shard}.{int(time.time())}"
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+        for index in (folder / "shards").glob(f"{shard}.index*"):
+            index.unlink()
+    return target
 
 
 class LogReader(Records):

@@ -91,6 +91,10 @@ class Trajectory:
         """Recorded steps, whether ended or not."""
         return len(self._branch.entries)
 
+    def kind(self, step: int) -> str:
+        """What was asked at a recorded step."""
+        return self._branch.entries[step].kind
+
     @property
     def unfinished(self) -> list[int]:
         """Steps that were begun, whose end nobody recorded, and that this process is not running."""
@@ -193,6 +197,14 @@ class Trajectory:
         entry.aborted = True
         _stop(branch, entry)
 
+    def lose(self, ticket: Live) -> None:
+        """Says that nobody will learn how the operation ended (its sandbox is gone): its outcome is unknown."""
+        entry = self._branch.entries[ticket.step]
+        if ticket.rerun:
+            self.files = "lost"
+            self._reach(ticket.step)
+        _stop(self._branch, entry)
+
     def snapshot_due(self, every_steps: int = 0, every_seconds: float = 0.0, on_unknown: Unknown = "fail") -> bool:
         """Asked before a command: True when the schedule (0: never) or the wish to roll back calls for a snapshot."""
         steps, (step, when) = self.steps, self._snapshot
@@ -244,9 +256,11 @@ class Trajectory:
         self.release()
 
     def release(self) -> None:
-        """Forgets the branch in this process; the next open reads it from the log."""
+        """Forgets the branch in this process; the next open reads it from the log. Steps still running are lost."""
         if self.log.branches.get(self._branch.stream) is self._branch:
             del self.log.branches[self._branch.stream]
+        for entry in self._branch.entries:
+            _stop(self._branch, entry)
 
     # Underneath
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from dsec.errors import Diverged, Fenced, InvalidRequest, OutcomeUnknown, StateLost
-from dsec.trajectory import NOT_STARTED, Live, LogFull, Replay, Trajectory, TrajectoryLog
-from dsec.trajectory.log import LogReader
+from dsec.trajectory import NOT_STARTED, Live, LogCorrupt, LogFull, Replay, Trajectory, TrajectoryLog
+from dsec.trajectory.log import LogReader, quarantine
 from dsec.types import Spec
 
 SPEC = Spec(memory=64, env={"TOKEN": "sesame"})
@@ -589,5 +589,57 @@ def test_the_index_is_made_anew_from_the_segments(tmp_path: Path) -> None:
             assert (await log.open(f"t{i}", SPEC)).steps == 1
         log.close()
         assert json.loads(json.dumps(LogReader(tmp_path).names()[0])) == ["t0", "main"]
+
+    run(body)
+
+
+def test_a_damaged_log_is_put_aside_and_its_trajectories_stay_closed(tmp_path: Path) -> None:
+    async def body() -> None:
+        await recorded(tmp_path, "a", "b")
+        path = next((tmp_path / "shards" / "local").glob("*.seg"))
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(LogCorrupt):
+            TrajectoryLog(tmp_path)
+        kept = quarantine(tmp_path, "local")
+        assert (kept / path.name).read_bytes() == data
+        log = TrajectoryLog(tmp_path)
+        with pytest.raises(LogCorrupt, match="may be in it"):
+            await log.open("t", SPEC)  # to start it anew would run its commands again
+        await step(await log.open("new", SPEC), "a")
+        with pytest.raises(Fenced):
+            quarantine(tmp_path, "local")
+        log.close()
+        log = TrajectoryLog(tmp_path)
+        assert (await log.open("new", SPEC)).steps == 1
+        log.close()
+
+    run(body)
+
+
+def test_a_step_whose_sandbox_is_gone_keeps_nobody_waiting(tmp_path: Path) -> None:
+    async def body() -> None:
+        log = TrajectoryLog(tmp_path)
+        for lose in (True, False):
+            t = await log.open(f"t{lose}", SPEC)
+            ticket = await t.begin("run", {"command": "a"})
+            assert isinstance(ticket, Live)
+            again = await log.open(f"t{lose}", SPEC)
+            again.attach("alive")
+            waiting = asyncio.create_task(again.begin("run", {"command": "a"}))
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            if lose:
+                t.lose(ticket)
+            else:
+                t.release()
+            with pytest.raises(OutcomeUnknown if lose else Fenced):
+                await waiting
+            third = await log.open(f"t{lose}", SPEC)
+            third.attach("alive")
+            with pytest.raises(OutcomeUnknown):
+                await third.begin("run", {"command": "a"})
+        log.close()
 
     run(body)
