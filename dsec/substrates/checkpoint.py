@@ -108,10 +108,10 @@ async def file_system(home: Path, image: str, boot: str = "agent") -> Root:
     from dsec.images import erofs
 
     path = Path(image)
-    if await asyncio.to_thread(erofs.is_erofs, path):
-        return Root((path,), boot=boot)
     if not path.is_dir():
-        raise ImageError(f"{image} is neither an EROFS file nor a root folder")
+        if not await asyncio.to_thread(erofs.is_erofs, path):
+            raise ImageError(f"{image} is neither an EROFS file nor a root folder")
+        return Root((path,), boot=boot)
     stat = path.stat()
     name = hashlib.sha256(f"{path}:{stat.st_ino}:{stat.st_mtime_ns}".encode()).hexdigest()[:24]
     target = home / "vm/roots" / f"{name}.erofs"

@@ -77,10 +77,11 @@ else
 fi
 for d in dev proc sys run; do mkdir -p /new/$d; mount -o move /$d /new/$d; done
 if [ "$boot" = systemd ]; then
-  u=/new/run/systemd/system; mkdir -p $u/multi-user.target.wants
-  ln -s ../dsec-agent.service $u/multi-user.target.wants/
+  u=/new/run/systemd/system; mkdir -p $u/sysinit.target.wants
+  ln -s ../dsec-agent.service $u/sysinit.target.wants/
   echo "[Unit]
 Description=DSec guest agent
+DefaultDependencies=no
 [Service]
 Environment=HOME=/root
 ExecStart=/run/dsec/agent --device $port

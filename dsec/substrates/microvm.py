@@ -41,6 +41,12 @@ KEEP = 4
 """Checkpoints whose memory stays open between clones."""
 
 
+SYSTEMD = " systemd.firstboot=off systemd.show_status=no" + "".join(
+    f" systemd.mask={unit}"
+    for unit in "serial-getty@ttyS0.service getty@tty1.service apt-daily.timer apt-daily-upgrade.timer "
+    "dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-random-seed.service".split()
+)
+"""What a machine that lives for minutes has no use for; first boot would ask its console for a time zone."""
 _Boot = tuple[linux.Kernel, Path]
 
 
@@ -49,6 +55,7 @@ class MicroVMSubstrate:
 
     name = "microvm"
     boot_deadline = 60.0
+    code = 32
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -203,6 +210,7 @@ class MicroVMSubstrate:
                 return fd
 
             shape: dict[str, Any] = {"memory": point.memory, "ram": point.ram, "cpus": point.cpus, "accel": point.accel}
+            shape["code"] = self.code
             root = point.root
             if root.format != "erofs":
                 if boot is None:
@@ -216,6 +224,7 @@ class MicroVMSubstrate:
                 shape["device"] = opened(point.folder / "device")
             elif root.format == "erofs":
                 words = f"dsec.size={disk} dsec.boot={root.boot} dsec.layers={len(root.disks)}"
+                words += SYSTEMD if root.boot == "systemd" else ""
                 shape |= {"kernel": opened(boot[0].image), "initrd": opened(boot[1]), "cmdline": words}
             written = disk if root.format != "erofs" else 0
             return Qemu.start(Machine(**shape), folder, self.home, group, files=written)
@@ -224,7 +233,7 @@ class MicroVMSubstrate:
         if not self.groups.limits and os.geteuid() != 0:
             return None
         group = Cgroup.claim(self.groups)
-        group.limit(cpu, memory + qemu.OVERHEAD, 96)  # 96: QEMU's own threads
+        group.limit(cpu, memory + self.code + qemu.OVERHEAD, 96)  # 96: QEMU's own threads
         return group
 
     def bury(self, group: Cgroup | None, folder: Path) -> None:
@@ -327,12 +336,13 @@ class VirtualMachine:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if self.machine.end.done():
                     raise SandboxFailed(f"it did not boot: {self.machine.end.result()}")
+                commands: list[str | list[str]] = ["true"]
                 if self.point.root.boot == "systemd":
-                    wait = ["systemctl", "is-system-running", "--wait"]
-                    await self.agent.exec(wait, lambda kind, data: None).done
-                process = self.agent.exec("true", lambda kind, data: None)
-                await process.done
-                process.forget()
+                    commands.insert(0, ["systemctl", "is-system-running", "--wait"])
+                for command in commands:
+                    process = self.agent.exec(command, lambda kind, data: None)
+                    await process.done
+                    process.forget()  # a clone's commands begin at number one
                 await self.agent.ping()
         except TimeoutError:
             raise Timeout(f"it did not boot within {deadline} s; {await self._console()}") from None
@@ -367,7 +377,7 @@ class VirtualMachine:
                     await self.thaw()
 
     def _copy(self, scratch: Path, target: Path) -> None:
-        self.machine.save_memory(scratch / "ram", self.point.memory << 20)
+        self.machine.save_memory(scratch / "ram")
         if (self.machine.folder / "disk.qcow2").exists():
             shutil.copyfile(self.machine.folder / "disk.qcow2", scratch / "disk.qcow2")
         (scratch / "meta.json").write_text(json.dumps(self.point.describe()))

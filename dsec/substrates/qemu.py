@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,10 @@ from dsec.launch.cgroups import Cgroup
 
 BINARY = "qemu-system-x86_64"
 FIX = "apt-get install qemu-system-x86"
-OVERHEAD = 160
-"""MiB a QEMU process may use beside the guest's memory: code cache, device models, libraries."""
+OVERHEAD = 128
+"""MiB a QEMU process may use beside the guest's memory and its translated code: device models, libraries."""
 _F_ADD_SEALS, _SEALS = 1033, 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _STATE = 9  # the fdset that device state is saved to
 
 
@@ -114,6 +116,8 @@ class Machine:
     cmdline: str = ""
     disks: tuple[Disk, ...] = ()
     accel: str = "tcg"
+    code: int = 32
+    """MiB of translated code kept under emulation: too little and a big guest is translated over and over."""
     agent: int | None = None
     """The agent's program, for a disk image to pick up from firmware configuration as opt/dsec/agent."""
 
@@ -121,8 +125,10 @@ class Machine:
         """The command line, and the descriptors it names. `qmp` and `port` are listening unix sockets, `state` the file
         that device state will be saved to."""
         fds = [qmp, port, state, self.ram.fd]
-        accel = "kvm" if self.accel == "kvm" else f"tcg,thread={'multi' if self.cpus > 1 else 'single'},tb-size=32"
-        args = ["-M", "pc,memory-backend=ram,vmport=off,usb=off", "-accel", accel]
+        accel = (
+            "kvm" if self.accel == "kvm" else f"tcg,thread={'multi' if self.cpus > 1 else 'single'},tb-size={self.code}"
+        )
+        args = ["-M", "pc,memory-backend=ram,vmport=off,usb=off,suppress-vmdesc=on", "-accel", accel]
         args += ["-cpu", "host" if self.accel == "kvm" else "max", "-m", str(self.memory), "-smp", str(self.cpus)]
         args += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         args += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
@@ -289,26 +295,37 @@ class Qemu:
             return ""
         return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text)[-2000:]).strip()
 
-    def save_memory(self, target: Path, size: int) -> None:
-        """Copies a stopped machine's memory (`size` bytes), as it sees it, into the sparse file `target`."""
-        zeros = bytes(1 << 16)
-        with open(f"/proc/{self.pid}/mem", "rb", 0) as memory, target.open("xb") as file:
-            parts: list[tuple[int, ...]] = []
-            for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
+    def save_memory(self, target: Path) -> None:
+        """Copies a stopped machine's memory, as it sees it, into the sparse file `target`: what it shares with its
+        checkpoint, then the pages it has written since. Untouched pages are not read: that would make them real."""
+        process = Path(f"/proc/{self.pid}")
+        shared = next((fd for fd in (process / "fd").iterdir() if _link(fd).startswith("/memfd:dsec-ram")), None)
+        if shared is None:
+            raise SandboxFailed("QEMU has let go of its memory")
+        with shared.open("rb") as base, target.open("xb") as file:
+            size = os.fstat(base.fileno()).st_size
+            file.truncate(size)
+            copy_sparse(base.fileno(), file.fileno())
+            for line in (process / "maps").read_text().splitlines():
                 if "/memfd:dsec-ram" in line:
                     span, _, offset, *_ = line.split()
-                    parts.append((int(offset, 16), *(int(x, 16) for x in span.split("-"))))
-            done = 0
-            for begin, start, end in sorted(parts):
-                if begin != done or (done := begin + end - start) > size:
-                    raise SandboxFailed(f"QEMU does not map its memory once and whole: {parts}")
-                for at in range(start, end, len(zeros)):
-                    piece = os.pread(memory.fileno(), min(len(zeros), end - at), at)
-                    if piece != zeros[: len(piece)]:
-                        os.pwrite(file.fileno(), piece, begin + at - start)
-            if done != size:
-                raise SandboxFailed(f"QEMU maps {done} of {size} bytes of its memory")
-            file.truncate(size)
+                    start, end = (int(part, 16) for part in span.split("-"))
+                    if int(offset, 16) + end - start > size:
+                        raise SandboxFailed(f"QEMU maps more memory than it has: {line}")
+                    self._save_written(file.fileno(), start, end, int(offset, 16) - start)
+
+    def _save_written(self, file: int, start: int, end: int, shift: int) -> None:
+        """Writes the private pages of a mapping at their address plus `shift`."""
+        with open(f"/proc/{self.pid}/pagemap", "rb", 0) as map, open(f"/proc/{self.pid}/mem", "rb", 0) as memory:
+            pages = array("Q", os.pread(map.fileno(), (end - start) // _PAGE * 8, start // _PAGE * 8))
+            # bit 63: in memory, 62: in swap, 61: a page of the file
+            written = [n for n, entry in enumerate(pages) if entry >> 61 in (2, 4, 6)] + [len(pages) + 1]
+            first = 0
+            for k, n in enumerate(written[:-1]):
+                if written[k + 1] != n + 1 or n - written[first] == 1023:
+                    at = start + written[first] * _PAGE
+                    os.pwrite(file, os.pread(memory.fileno(), (n + 1 - written[first]) * _PAGE, at), at + shift)
+                    first = k + 1
 
     async def save_devices(self, target: Path) -> None:
         """Writes a stopped machine's device state to `target`."""
@@ -333,6 +350,13 @@ def started(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:
+        return ""
 
 
 @contextlib.contextmanager

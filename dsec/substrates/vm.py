@@ -29,6 +29,7 @@ class VMSubstrate(MicroVMSubstrate):
 
     name = "vm"
     boot_deadline = 240.0
+    code = 256
 
     async def root(self, spec: Spec) -> Root:
         """What `spec.image` boots from."""

@@ -1,0 +1,222 @@
+"""A microVM is a real machine with its own kernel; clones share memory, not state; nothing is left when it is gone."""
+
+import asyncio
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from vm_bench import SPEC, Bench, shell
+
+from dsec.errors import ImageError, InvalidRequest, NotFound
+from dsec.substrates.microvm import MicroVMSubstrate, VirtualMachine
+
+
+def _pss(pid: int) -> float:
+    """MiB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) / 1024
+
+
+def test_it_has_a_kernel_of_its_own(bench: Bench, machine: VirtualMachine) -> None:
+    code, out = bench.run(shell(machine, "uname -r; id -u; ls /proc | grep -c '^[0-9]'; echo oops >&2; exit 3"))
+    release, uid, processes, error = out.split()
+    assert (code, uid, error) == (3, "0", "oops")
+    assert "cloud" in release and release != os.uname().release
+    assert int(processes) < 100
+
+
+def test_files_commands_and_terminals_go_through_the_agent(bench: Bench, machine: VirtualMachine) -> None:
+    async def work() -> None:
+        data = os.urandom(3_000_000)
+        await machine.agent.write("/root/deep/er/file", data)
+        assert await machine.agent.read("/root/deep/er/file") == data
+        assert (await machine.agent.stat("/root/deep/er/file")).size == len(data)
+        with pytest.raises(NotFound):
+            await machine.agent.read("/root/nothing")
+        await machine.agent.remove("/root/deep")
+        code, out = await shell(machine, "tty; stty size", tty=(33, 99))
+        assert (code, out.split()) == (0, ["/dev/pts/0", "33", "99"])
+        out_: list[bytes] = []
+        process = machine.agent.exec(["cat"], lambda kind, data: out_.append(data), stdin=True)
+        process.send(b"one\0two\n")
+        process.close_stdin()
+        assert (await process.done).code == 0 and b"".join(out_) == b"one\0two\n"
+        assert (await shell(machine, "id -u", uid=1000, gid=1000)) == (0, "1000\n")
+
+    bench.run(work())
+
+
+def test_clones_are_apart_in_files_and_randomness_and_right_in_time(bench: Bench, machine: VirtualMachine) -> None:
+    """Without the wake-up call two clones of one memory print the same bytes and a time of long ago."""
+
+    async def work() -> None:
+        other = await bench.create()
+        await shell(machine, "echo mine > /tmp/only-here")
+        assert (await shell(other, "cat /tmp/only-here"))[0] != 0
+        draw = "head -c 16 /dev/urandom | od -An -tx1; date +%s"
+        texts = [(await shell(each, draw))[1].split() for each in (machine, other)]
+        assert texts[0][:16] != texts[1][:16]
+        assert all(abs(int(text[16]) - time.time()) < 3 for text in texts)
+        await other.destroy()
+
+    bench.run(work())
+
+
+def test_clones_share_their_template(bench: Bench, machine: VirtualMachine) -> None:
+    """Copy-on-write: three machines of 128 MiB take less than 60 MiB each (the benchmark asks 40, of more of them)."""
+
+    async def work() -> None:
+        others = [await bench.create() for _ in range(2)]
+        sizes = [_pss(each.machine.pid) for each in (machine, *others)]
+        assert sum(sizes) / 3 < 60, sizes
+        for each in others:
+            await each.destroy()
+
+    bench.run(work())
+
+
+def test_a_running_machine_forks_with_its_processes(bench: Bench, tmp_path: Path) -> None:
+    async def work() -> None:
+        first = await bench.create()
+        await shell(
+            first,
+            "head -c 1000000 /dev/urandom > /tmp/big; head -c 300000 /dev/zero > /tmp/none",
+        )
+        _, digest = await shell(first, "md5sum /tmp/big /tmp/none")
+        counter = "n=0; while :; do n=$((n+1)); echo $n > /tmp/n.new; mv /tmp/n.new /tmp/n; sleep 0.1; done"
+        first.agent.exec(counter, lambda kind, data: None)
+        await asyncio.sleep(0.5)
+        await first.snapshot(tmp_path / "snap")
+        with pytest.raises(OSError):
+            await first.snapshot(tmp_path / "snap")  # never over another one
+        forks = [await bench.create(snapshot=tmp_path / "snap") for _ in range(2)]
+        await shell(forks[0], "echo changed > /tmp/big")
+        for each in (first, forks[1]):
+            assert (await shell(each, "md5sum /tmp/big /tmp/none"))[1] == digest
+        for each in (first, *forks):
+            before = int((await shell(each, "cat /tmp/n"))[1])
+            await asyncio.sleep(0.5)
+            after = int((await shell(each, "cat /tmp/n"))[1])
+            assert 0 < before < after, "the counting process lives on"
+        again = await _fork_of(bench, forks[0], tmp_path / "again")
+        assert (await shell(again, "cat /tmp/big"))[1] == "changed\n"
+        for each in (first, *forks, again):
+            await each.destroy()
+
+    bench.run(work())
+
+
+async def _fork_of(bench: Bench, machine: VirtualMachine, folder: Path) -> VirtualMachine:
+    await machine.snapshot(folder)
+    return await bench.create(snapshot=folder)
+
+
+def test_snapshots_do_not_make_untouched_memory_real(bench: Bench, machine: VirtualMachine, tmp_path: Path) -> None:
+    """Reading a hole of shared memory allocates it: a snapshot that read all of it would cost the whole machine."""
+    assert machine.point.ram is not None
+    before = os.fstat(machine.point.ram.fd).st_blocks * 512
+    assert before < 126 << 20, "no holes, so this test would see nothing"
+    bench.run(machine.snapshot(tmp_path / "snap"))
+    assert os.fstat(machine.point.ram.fd).st_blocks * 512 == before
+    assert (tmp_path / "snap/ram").stat().st_size == 128 << 20
+
+
+def test_frozen_means_frozen_and_time_goes_on_after(bench: Bench) -> None:
+    async def work() -> None:
+        machine = await bench.create()
+        machine.agent.exec("while :; do date +%s%N > /tmp/tick; done", lambda kind, data: None)
+        await asyncio.sleep(0.5)
+        await machine.freeze()
+        used = Path(f"/proc/{machine.machine.pid}/stat").read_text().split()[13]
+        await asyncio.sleep(1.2)
+        assert int(Path(f"/proc/{machine.machine.pid}/stat").read_text().split()[13]) - int(used) <= 20
+        await machine.thaw()
+        assert abs(int((await shell(machine, "date +%s"))[1]) - time.time()) < 2
+        await machine.destroy()
+
+    bench.run(work())
+
+
+def test_a_new_edge_takes_over(bench: Bench, home: Path) -> None:
+    """Commands go on while no Edge is connected, and their exit is waiting."""
+
+    async def work() -> None:
+        machine = await bench.create()
+        process = machine.agent.exec("sleep 0.5; echo done > /tmp/flag; exit 7", lambda kind, data: None, step=12)
+        await asyncio.sleep(0.1)
+        state = machine.state()
+        machine.agent.close()
+        machine.machine._qmp and machine.machine._qmp.close()
+        await asyncio.sleep(1.0)
+        substrate = MicroVMSubstrate(home)
+        again = await substrate.adopt("x", SPEC, machine.machine.folder, state)
+        bench.made.append(again)
+        (entry,) = [entry for entry in await asyncio.wait_for(again.agent.journal(), 10) if entry.step == 12]
+        assert entry.id == process.id and entry.exit is not None and entry.exit.code == 7
+        assert (await shell(again, "cat /tmp/flag"))[1] == "done\n"
+        await again.freeze()
+        await again.thaw()
+        await again.destroy()
+        assert await asyncio.wait_for(machine.died(), 5)
+        with pytest.raises(NotFound):
+            await substrate.adopt("x", SPEC, machine.machine.folder, state)
+
+    bench.run(work())
+
+
+def test_nothing_is_left_of_a_destroyed_machine(bench: Bench) -> None:
+    async def work() -> None:
+        machine = await bench.create()
+        group, pid, folder = machine.machine.group, machine.machine.pid, machine.machine.folder
+        machine.agent.exec("trap '' TERM; while :; do :; done", lambda kind, data: None)
+        begin = time.monotonic()
+        await machine.destroy()
+        await machine.destroy()
+        assert time.monotonic() - begin < 1
+        assert await machine.died()
+        await asyncio.wait(bench.substrate._burials or [asyncio.ensure_future(asyncio.sleep(0))], timeout=5)
+        assert not Path(f"/proc/{pid}").exists() and not folder.exists()
+        assert group is None or not any(path.exists() for path in group.folders)
+
+    bench.run(work())
+
+
+def test_a_machine_that_switches_itself_off_is_dead_with_a_reason(bench: Bench) -> None:
+    async def work() -> None:
+        machine = await bench.create()
+        machine.agent.exec("reboot -f", lambda kind, data: None)
+        assert "off" in await asyncio.wait_for(machine.died(), 20)
+        assert await asyncio.wait_for(asyncio.shield(machine.agent.failed), 5)
+        with pytest.raises(Exception, match="dead"):
+            await machine.snapshot(Path("/nowhere"))
+        await machine.destroy()
+
+    bench.run(work())
+
+
+def test_what_cannot_be_is_refused_before_anything_starts(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no network"):
+        bench.run(bench.create(SPEC.but(network=("pypi.org",))))
+    with pytest.raises(InvalidRequest, match="disk 256 MiB > memory 128"):
+        bench.run(bench.create(SPEC.but(disk=256)))
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(ImageError, match="neither"):
+        bench.run(bench.create(SPEC.but(image=str(tmp_path / "junk"))))
+    with pytest.raises(NotFound):
+        bench.run(bench.create(snapshot=tmp_path / "none"))
+
+
+def test_killing_qemu_is_seen(bench: Bench) -> None:
+    async def work() -> None:
+        machine = await bench.create()
+        process = machine.agent.exec("sleep 100", lambda kind, data: None)
+        os.kill(machine.machine.pid, signal.SIGKILL)
+        assert await asyncio.wait_for(machine.died(), 5)
+        with pytest.raises(Exception, match="connection"):
+            await asyncio.wait_for(process.done, 5)
+        await machine.destroy()
+
+    bench.run(work())
