@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,15 +55,21 @@ def build(images: Images, name: str, say: Say = say_on_stderr) -> None:
         )
     with tempfile.TemporaryDirectory(prefix="build-", dir=images.folder) as scratch:
         root = Path(scratch) / "root"
-        command = [program, "--variant=minbase", f"--include={','.join(PACKAGES[name])}", "--quiet"]
+        command = [program, "--variant=minbase", f"--include={','.join(PACKAGES[name])}"]
+        command += [] if os.geteuid() == 0 else ["--mode=unshare"]
         command += [f"--dpkgopt=path-exclude={pattern}" for pattern in DROP[:3]]
         command += [f"--customize-hook=rm -rf $1{pattern}" for pattern in DROP[3:]]
         command += [SUITE, str(root), *_sources()]
         say(f"building image {name!r} from Debian's packages, once: a minute or two")
-        mode = [] if os.geteuid() == 0 else ["--mode=unshare"]
-        done = subprocess.run([*command[:1], *mode, *command[1:]], capture_output=True, text=True)
-        if done.returncode:
-            raise ImageError(f"mmdebstrap failed for {name!r}: {done.stderr[-800:]}")
+        tail: deque[str] = deque(maxlen=8)
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                tail.append(line.strip())
+                if line.startswith("I: "):
+                    say(line[3:].strip())
+        if process.returncode:
+            raise ImageError(f"mmdebstrap failed for {name!r}: {' | '.join(tail)}")
         config = {"env": {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}}
         image = images.add(name, root, config=config)
         say(f"image {name!r}: {image.layers[0][2] >> 20} MiB")
