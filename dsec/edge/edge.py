@@ -494,6 +494,8 @@ class Edge:
         """Looked up in the sandbox's own passwd file; numbers are taken as they are."""
         if user in ("root", "0"):
             return 0, 0, "/root"
+        if not getattr(box.alive(), "users", True):
+            raise InvalidRequest(f"no user {user!r}: an Edge that is not root maps root only")
         if user.isdecimal():
             return int(user), int(user), "/"
         with contextlib.suppress(NotFound):

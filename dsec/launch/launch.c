@@ -1,6 +1,7 @@
 /* Puts a sandbox's walls up in the one order that leaves no gap, then becomes bubblewrap.
  *
- *   launch --keep N [--cgroup FILE]... [--base UID] --root DIR (--size BYTES | --loop IMAGE) --lower DIR... -- PROGRAM ARG...
+ *   launch --keep N [--cgroup FILE]... [--base UID] --root DIR (--size BYTES | --loop IMAGE) --lower DIR...
+ *          [--pids N --memory BYTES] -- PROGRAM ARG...
  *
  * 1 a session of its own, no file descriptor above N    2 member of its cgroups, so nothing ever runs outside them
  * 3 a private mount namespace: nothing mounted here is seen by the host or outlives the sandbox
@@ -99,7 +100,7 @@ static const char *shifted(const char *lower, int users, const char *target) { /
 }
 
 int main(int argc, char **argv) {
-    const char *lowers[LOWERS], *root = NULL, *size = NULL, *image = NULL, *cgroups[16];
+    const char *lowers[LOWERS], *root = NULL, *size = NULL, *image = NULL, *pids = NULL, *memory = NULL, *cgroups[16];
     int count = 0, groups = 0, keep = 2, i;
     long base = 0;
     for (i = 1; i + 1 < argc && strcmp(argv[i], "--"); i += 2) {
@@ -110,6 +111,8 @@ int main(int argc, char **argv) {
         else if (!strcmp(key, "--root")) root = value;
         else if (!strcmp(key, "--size")) size = value;
         else if (!strcmp(key, "--loop")) image = value;
+        else if (!strcmp(key, "--pids")) pids = value;
+        else if (!strcmp(key, "--memory")) memory = value;
         else if (!strcmp(key, "--lower") && count < LOWERS) lowers[count++] = value;
         else { dprintf(2, "launch: what is %s?\n", key); return 2; }
     }
@@ -147,8 +150,16 @@ int main(int argc, char **argv) {
 
     if (users >= 0 && (setns(users, CLONE_NEWUSER) || setgroups(0, NULL) || setresgid(0, 0, 0) || setresuid(0, 0, 0))) die("into the user namespace");
     put("/proc/sys/user/max_user_namespaces", "0");
-    struct rlimit none = {0, 0};
+    struct rlimit none = {0, 0}, processes, data;
     setrlimit(RLIMIT_CORE, &none);
+    if (pids) { /* without cgroups: processes are counted per user namespace, memory per process */
+        processes.rlim_cur = processes.rlim_max = atol(pids);
+        if (setrlimit(RLIMIT_NPROC, &processes)) die("RLIMIT_NPROC");
+    }
+    if (memory) {
+        data.rlim_cur = data.rlim_max = atoll(memory);
+        if (setrlimit(RLIMIT_DATA, &data)) die("RLIMIT_DATA");
+    }
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs");
     execv(argv[i + 1], argv + i + 1);
     die(argv[i + 1]);

@@ -38,7 +38,8 @@ esac; done < /proc/self/status
 while read -r inside outside count; do
   [ "$2" = root ] && [ "$outside" -lt 65536 ] && echo "maps id $inside to the host's $outside"
 done < /proc/self/uid_map
-for fd in /proc/self/fd/*; do case $(readlink "$fd") in /dev/null|pipe:*|/proc/*|'') ;; *) echo "holds $(readlink "$fd")";; esac; done
+for fd in /proc/self/fd/*; do case $(readlink "$fd") in /dev/null|pipe:*|/proc/*|'') ;; *)
+  echo "holds $(readlink "$fd")";; esac; done
 echo done
 """
 

@@ -105,6 +105,8 @@ class ContainerSubstrate:
         if group is not None:
             argv += [part for path in group.joins for part in ("--cgroup", str(path))]
             argv += ["--base", str(group.base)]
+        if not self.groups.limits:
+            argv += ["--pids", str(int(spec.pids) + OVERHEAD), "--memory", str(spec.memory << 20)]
         argv += [part for lower in lowers for part in ("--lower", str(lower))]
         argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
         argv += ["--", "/.dsec/agent", "--listen", "3", "--drop"]
@@ -252,6 +254,8 @@ class Container:
         capabilities: Capabilities,
     ) -> None:
         self.agent, self.capabilities = agent, capabilities
+        self.users = of.root
+        """Whether commands may run as others than root: only root of the host can map more than one id."""
         self._of, self._pid, self._group, self._folder = of, pid, group, folder
         self._started = _started(pid)
         self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
