@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -640,6 +641,36 @@ def test_a_step_whose_sandbox_is_gone_keeps_nobody_waiting(tmp_path: Path) -> No
             third.attach("alive")
             with pytest.raises(OutcomeUnknown):
                 await third.begin("run", {"command": "a"})
+        log.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize("durability", ["begin+end", "end", "async"])
+def test_what_is_awaited_before_the_answer(tmp_path: Path, durability: Any) -> None:
+    """With a disk that hangs: BEGIN of what is not idempotent, and END, hold back the answer; nothing else does."""
+    gate = threading.Event()
+    gate.set()
+
+    async def held(work: Awaitable[Any]) -> tuple[bool, Any]:
+        """Whether it waits for the disk, and its result once the disk goes on."""
+        gate.clear()
+        task = asyncio.ensure_future(work)
+        done, _ = await asyncio.wait([task], timeout=0.1)
+        gate.set()
+        return not done, await task
+
+    async def body() -> None:
+        log = TrajectoryLog(tmp_path, durability=durability, sync=lambda fd: (gate.wait(10), None)[1])
+        t = await log.open("t", SPEC)
+        waited, ticket = await held(t.begin("run", {"command": "a"}))
+        assert waited == (durability == "begin+end")
+        waited, _ = await held(t.end(ticket, {}))
+        assert waited == (durability != "async")
+        waited, ticket = await held(t.begin("read", {"path": "b"}, idempotent=True))
+        assert not waited
+        waited, _ = await held(t.end(ticket, {}))
+        assert waited == (durability != "async")
         log.close()
 
     run(body)
