@@ -70,10 +70,7 @@ def test_two_sandboxes_share_no_id(root_host: Host) -> None:
 
 def test_commands_have_no_privilege_and_no_way_to_one(box: Any) -> None:
     status = inside(box, "cat /proc/self/status")
-    assert (
     assert len(re.findall(r"Cap(?:Inh|Prm|Eff|Bnd|Amb):\s+0{16}\n", status)) == 5
-        and len(re.findall(r"Cap...:\s+0{16}\n", status)) == 5
-    )
     assert re.search(r"NoNewPrivs:\s+1", status) and re.search(r"Seccomp:\s+2", status)
     suid = inside(box, "cp /usr/bin/id /tmp/id; chmod u+s /tmp/id; /tmp/id -u; cat /proc/self/mounts")
     assert not re.search(r"^\S+ / \S+ (?!.*nosuid)", suid, re.M), "the writable layer honours setuid"
@@ -84,7 +81,8 @@ def test_commands_have_no_privilege_and_no_way_to_one(box: Any) -> None:
     [
         "unshare -U true", "unshare -m true", "unshare -n true", "mount -t tmpfs x /mnt", "mount --bind / /mnt",
         "umount /proc", "chroot / true", "mknod /tmp/d b 8 0", "mknod /tmp/d c 1 1", "dmesg", "hostname other",
-        "nsenter -t 1 -m true", "cat /proc/1/environ", "cat /proc/1/mem", "ls /proc/1/root/", "ls /proc/1/cwd/", "cat /proc/kcore",
+        "nsenter -t 1 -m true", "cat /proc/1/environ", "cat /proc/1/mem", "ls /proc/1/root/", "ls /proc/1/cwd/",
+        "cat /proc/kcore",
         "cat /proc/kmsg", "cat /proc/timer_list", "cat /proc/keys | grep .", "echo b > /proc/sysrq-trigger",
         "echo 1 > /proc/sys/vm/drop_caches", "echo 1 > /proc/sys/user/max_user_namespaces", "ls /sys/kernel",
         "ls /sys/fs/cgroup", "cat /dev/mem", "ls /dev/vda /dev/sda /dev/kvm /dev/loop0 /dev/fuse", "touch /usr/x",
@@ -219,7 +217,8 @@ def test_v2_limits_freezing_and_killing_write_the_right_files(tmp_path: Path) ->
 # The self-test must see a wall that is missing.
 
 WALLS = "--unshare-all --as-pid-1 --dev /dev --proc /proc --ro-bind /usr /usr --symlink usr/bin /bin".split()
-WALLS += "--symlink usr/lib /lib --symlink usr/lib64 /lib64 --symlink usr/sbin /sbin --tmpfs /tmp --dir /root --dir /mnt".split()
+WALLS += "--symlink usr/lib /lib --symlink usr/lib64 /lib64 --symlink usr/sbin /sbin".split()
+WALLS += " --tmpfs /tmp --dir /root --dir /mnt".split()
 
 
 def run_self_test(extra: list[str], tmp_path: Path, agent: Path) -> str:
@@ -267,7 +266,9 @@ def test_the_self_test_sees_each_missing_wall(tmp_path: Path, programs: Path) ->
     if IS_ROOT:
         assert "maps id 0 to the host's 0" in bare, "bubblewrap started by root maps root to root"
         (tmp_path / "b").mkdir()
-        assert "/proc/sys/kernel/core_pattern" in run_self_test(["--bind", "/proc/sys", "/proc/sys"], tmp_path / "b", agent)
+        assert "/proc/sys/kernel/core_pattern" in run_self_test(
+            ["--bind", "/proc/sys", "/proc/sys"], tmp_path / "b", agent
+        )
     (tmp_path / "c").mkdir()
     shown = run_self_test(["--bind", "/var/tmp", "/var/tmp", "--ro-bind", "/sys", "/sys"], tmp_path / "c", agent)
     assert "read the host's canary" in shown and "sees /sys/" in shown
