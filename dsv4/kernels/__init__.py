@@ -19,13 +19,14 @@ from dsv4.kernels.cpu import attention as _cpu_attention
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
 from dsv4.kernels.cpu import linear as _cpu_linear
 from dsv4.kernels.cpu import rope as _cpu_rope
-from dsv4.kernels.reference import collapse, stream_logits, swiglu, top_mask
+from dsv4.kernels.reference import swiglu, top_mask
 from dsv4.numerics import Packed
 
 __all__ = [
     "attend",
     "choose",
     "collapse",
+    "expert",
     "fused_attention",
     "grouped_linear",
     "hc_enter",
@@ -47,6 +48,21 @@ def hc_enter(
     """Streams -> sub-layer input and the maps for `hc_leave`; `reference.hc_enter` is the specification."""
     backend = _cpu_hc if _cpu_hc.usable(streams) else reference
     return backend.hc_enter(streams, fn, base, scale, iterations, rms_eps, eps)
+
+
+def stream_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """What a site's maps are made of; `reference.stream_logits` is the specification."""
+    v = streams.flatten(-2).float()
+    return linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+
+
+def collapse(streams: Tensor, weight: Tensor) -> Tensor:
+    """Streams [..., n, D] to one; `reference.collapse` is the specification. Term by term: a matrix product would add
+    in an order that depends on the batch."""
+    total = weight[..., :1] * streams[..., 0, :].float()
+    for j in range(1, streams.shape[-2]):
+        total = total + weight[..., j : j + 1] * streams[..., j, :].float()
+    return total.to(streams.dtype)
 
 
 def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -111,6 +127,15 @@ def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any
         return (_cpu_linear if usable else numerics).packed_experts(x, experts, weights, w1, w2, w3, limit)
     backend = _cpu_linear if _cpu_linear.plain(x, w1, w2, w3) else reference
     return backend.routed_experts(x, experts, weights, w1, w2, w3, limit)
+
+
+def expert(x: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
+    """Every row through one expert with weight 1: x [N, D] -> W2 swiglu(W1 x, W3 x), float32 [N, D]."""
+    if isinstance(w1, Tensor) and _cpu_linear.plain(x, w1, w2, w3) and not _cpu_linear.many(x):
+        everyone = torch.zeros(len(x), 1, dtype=torch.int64)
+        return routed_experts(x, everyone, torch.ones(len(x), 1), w1[None], w2[None], w3[None], limit)
+    hidden = swiglu(linear(x, w1).float(), linear(x, w3).float(), limit)
+    return linear(hidden.to(x.dtype), w2).float()
 
 
 def fused_attention(q: Tensor) -> bool:

@@ -38,4 +38,5 @@ class Site(nn.Module):
         """The head's collapse, sigmoid weights only: streams [..., n, D] -> [..., D]."""
         fn, base, scale = self.site("head")
         u = stream_logits(streams, fn, self.config.rms_norm_eps)
-        return collapse(streams, torch.sigmoid(u * scale + base) + self.config.hc_eps)
+        weights = torch.sigmoid((u * scale + base).double()).float()  # as float32, its last bit depends on the batch
+        return collapse(streams, weights + self.config.hc_eps)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import linear, routed_experts, swiglu
+from dsv4.kernels import expert, linear, routed_experts
 from dsv4.model.attention import Trace
 from dsv4.model.layers import Linear, unrounded
 
@@ -38,7 +38,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, D], ids int64 [N] -> experts int64 [N, K], weights float32 [N, K], scores float32 [N, E]."""
-        scores = F.softplus(linear(x, self.weight, wide=True)).sqrt()
+        logits = linear(x, self.weight, wide=True)
+        scores = F.softplus(logits.double()).sqrt().float()  # as float32, its last bit depends on the batch
         if self.layer.router == "hash":
             experts = self.tid2eid[ids]
         else:  # a stable sort breaks ties towards the lowest index
@@ -62,7 +63,7 @@ class Expert(nn.Module):
         self.w3 = Linear(config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x).float(), self.w3(x).float(), self.limit).to(x.dtype))
+        return expert(x, self.w1.weight, self.w2.weight, self.w3.weight, self.limit)
 
 
 class Experts(nn.Module):
@@ -96,7 +97,7 @@ class MoE(nn.Module):
         if trace is not None and self.layer.router == "learned":
             trace.load.append(torch.bincount(experts.flatten(), minlength=self.config.n_routed_experts))
             trace.balance_losses.append(self._balance(scores, experts, h.shape[0]))
-        return (routed + self.shared_experts(x).float()).to(h.dtype).view_as(h)
+        return (routed + self.shared_experts(x)).to(h.dtype).view_as(h)
 
     def _balance(self, scores: Tensor, experts: Tensor, batch: int) -> Tensor:
         """Sequence-wise balance loss: sum_i f_i P_i, mean over rows (1 when balanced; weighted 1e-4 by the trainer)."""

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import dsv4.model.attention as attention
 from dsv4.config import Config
+from dsv4.kernels.cpu import linear
 from dsv4.kernels.cpu.library import library
 from dsv4.model import State, Transformer
+from dsv4.model.dtypes import dtype_of
 from tests.parity.configs import tiny
 from tests.parity.peer import randomise
 
@@ -214,3 +216,29 @@ def test_wrong_calls_say_the_numbers(small: Transformer) -> None:
     with pytest.raises(ValueError, match="tensors"):
         small.new_state().load_state_dict({"length": torch.zeros(1)})
     assert isinstance(small.new_state(), State)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_mode_gives_the_same_bits_in_every_batch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """A sequence alone, and as any row of a batch of up to 64, with one thread and with two: prefill and decoding."""
+    if library() is None:
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setattr(linear, "EXACT", True)
+    model, ids, threads = make(SMALL).to(dtype), tokens(64, 70), torch.get_num_threads()
+    for name, p in model.named_parameters():
+        p.data = p.data.to(dtype_of(name, dtype))
+
+    def run(rows: slice) -> Tensor:
+        state = model.new_state(len(ids[rows]))
+        return torch.cat([model(part, state)[:, -1:] for part in ids[rows].split([64, 1, 1, 4], 1)], 1)
+
+    try:
+        whole = run(slice(0, 64))
+        for count, size in ((1, 1), (2, 1), (2, 5), (1, 33)):
+            torch.set_num_threads(count)
+            for start in (0, 3, 31):
+                rows = slice(start, start + size)
+                assert torch.equal(run(rows), whole[rows]), (count, size, start)
+    finally:
+        torch.set_num_threads(threads)

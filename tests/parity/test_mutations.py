@@ -467,14 +467,18 @@ def no_clamp_on_the_routed_experts(p: Patch, _: Transformer) -> None:
     p.setattr(moe, "routed_experts", lambda *a: reference.routed_experts(*a[:-1], 1e9))
 
 
+def expert_with(swiglu: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, w1, w2, w3, limit: F.linear(swiglu(F.linear(x, w1), F.linear(x, w3), limit), w2)
+
+
 @mutant
 def gate_is_clamped_on_both_sides(p: Patch, _: Transformer) -> None:
-    p.setattr(moe, "swiglu", lambda g, u, limit: F.silu(g.clamp(-limit, limit)) * u.clamp(-limit, limit))
+    p.setattr(moe, "expert", expert_with(lambda g, u, c: F.silu(g.clamp(-c, c)) * u.clamp(-c, c)))
 
 
 @mutant
 def clamp_after_silu(p: Patch, _: Transformer) -> None:
-    p.setattr(moe, "swiglu", lambda g, u, limit: F.silu(g).clamp(max=limit) * u.clamp(-limit, limit))
+    p.setattr(moe, "expert", expert_with(lambda g, u, c: F.silu(g).clamp(max=c) * u.clamp(-c, c)))
 
 
 @mutant

@@ -31,8 +31,12 @@ def plain(x: Tensor, *weights: Tensor) -> bool:
 
 def usable(x: Tensor, weight: Tensor) -> bool:
     """`plain`, and faster than torch."""
-    many = x.dtype == torch.bfloat16 and x.numel() >= _MANY * x.shape[-1] and not EXACT
-    return not many and plain(x, weight)
+    return not many(x) and plain(x, weight)
+
+
+def many(x: Tensor) -> bool:
+    """So many rows that torch's product is faster."""
+    return x.dtype == torch.bfloat16 and x.numel() >= _MANY * x.shape[-1] and not EXACT
 
 
 def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
