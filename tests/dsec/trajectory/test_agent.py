@@ -37,24 +37,24 @@ def run(command):
     if number == die_during:
         threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGKILL)).start()
     # the same text in every run: what is asked must not depend on when we die
-    result = box.commands.run(f"echo {number} >> /root/count; [ {number} != 5 ] || sleep 1; {command}", check=False)
+    result = box.commands.run(f"echo {number} >> /tmp/count; [ {number} != 5 ] || sleep 1; {command}", check=False)
     print(json.dumps([number, result.exit_code, result.stdout, result.replayed]), flush=True)
     if number == die_after:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 
-box.files.write("/root/calc.sh", "echo $(($1 - $2))\\n")
-box.files.write("/root/test.sh", '[ "$(sh /root/calc.sh 2 3)" = 5 ] && echo passed\\n')
-run("mkdir /root/repo && mv /root/calc.sh /root/test.sh /root/repo")
-run("cd /root/repo && sed -i 's|/root/calc|/root/repo/calc|' test.sh && ls")
-while run("sh /root/repo/test.sh").exit_code != 0:
-    source = box.files.read("/root/repo/calc.sh")
+box.files.write("/tmp/calc.sh", "echo $(($1 - $2))\\n")
+box.files.write("/tmp/test.sh", '[ "$(sh /tmp/calc.sh 2 3)" = 5 ] && echo passed\\n')
+run("mkdir /tmp/repo && mv /tmp/calc.sh /tmp/test.sh /tmp/repo")
+run("cd /tmp/repo && sed -i 's|/tmp/calc|/tmp/repo/calc|' test.sh && ls")
+while run("sh /tmp/repo/test.sh").exit_code != 0:
+    source = box.files.read("/tmp/repo/calc.sh")
     assert "-" in source
-    run("grep -n -- - /root/repo/calc.sh")
-    run("sed -i 's/-/+/' /root/repo/calc.sh")
-run("cat /root/repo/calc.sh")
+    run("grep -n -- - /tmp/repo/calc.sh")
+    run("sed -i 's/-/+/' /tmp/repo/calc.sh")
+run("cat /tmp/repo/calc.sh")
 run("date +%s%N")
-print(json.dumps(box.files.read("/root/count")), flush=True)
+print(json.dumps(box.files.read("/tmp/count")), flush=True)
 '''
 
 
