@@ -41,6 +41,8 @@ class Order:
     key: str = ""
     digest: str = ""
     spec: Mapping[str, Any] = field(default_factory=dict)
+    pin: str = ""
+    """The only Edge that will do: it has the files of a snapshot, or the log of a trajectory."""
 
 
 @dataclass(slots=True)
@@ -92,7 +94,10 @@ class Control:
     def begin(self, order: Order) -> Reservation | Refusal:
         """Raises QuotaExceeded, Conflict, UnknownProject, StoreUnavailable."""
         now, id = self._clock.now(), uuid.uuid4().hex
-        edge = self.placement.place(id, order.budget, order.image, self._clock.monotonic())
+        if order.pin:
+            edge = self.placement.pin(id, order.budget, order.pin, self._clock.monotonic())
+        else:
+            edge = self.placement.place(id, order.budget, order.image, self._clock.monotonic())
         if isinstance(edge, Refusal):
             return edge
         row = Row(
@@ -171,7 +176,7 @@ class Control:
         if full:
             self.placement.full(row.edge)
         edge: str | Refusal = Refusal(False, 1.0)
-        if len(reservation.tried) < TRIES:
+        if len(reservation.tried) < TRIES and not order.pin:
             edge = self.placement.place(row.id, order.budget, order.image, now, reservation.tried)
         if isinstance(edge, Refusal):
             if self.store.withdraw(row) and order.project in self.live:

@@ -178,6 +178,22 @@ class Placement:
             for id in host.overlay:
                 del self._where[id]
 
+    def pin(self, id: str, budget: Budget, edge: str, now: float) -> str | Refusal:
+        """Books on a given host, or not at all."""
+        host = self._hosts.get(edge)
+        if host is None or host.load(budget) > 1:
+            return Refusal(True, 1.0)
+        if wait := host.wait(now):
+            return Refusal(False, wait)
+        return self._book(host, id, budget)
+
+    def _book(self, host: _Host, id: str, budget: Budget) -> str:
+        host.tokens -= 1
+        host.take(budget)
+        host.overlay[id] = (budget, None)
+        self._where[id] = host
+        return host.name
+
     def rest(self, edge: str, now: float, seconds: float) -> None:
         """Places nothing on a host for so long: it did not answer. Else the empty hosts that swallow every create would
         be chosen before all others."""
@@ -213,11 +229,7 @@ class Placement:
                     self._full.add(budget)
                 return Refusal(True, 1.0)
         assert best is not None
-        best.tokens -= 1
-        best.take(budget)
-        best.overlay[id] = (budget, None)
-        self._where[id] = best
-        return best.name
+        return self._book(best, id, budget)
 
     def full(self, edge: str) -> None:
         """The Edge says that it has no room: believe it until its next report."""

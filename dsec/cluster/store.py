@@ -97,9 +97,11 @@ create table if not exists sandboxes (id text primary key, project text not null
   created double precision not null, deadline double precision not null, ended double precision, spec text not null);
 create table if not exists requests (project text not null, key text not null, digest text not null,
   sandbox text not null, created double precision not null, primary key (project, key));
+create table if not exists snapshots (id text primary key, project text not null, edge text not null);
 create table if not exists servers (id text primary key, seq bigint not null, waiting text not null);
 create unique index if not exists one_live_run on sandboxes (project, run) where ended is null;
 create index if not exists live_of_edge on sandboxes (edge, epoch) where ended is null;
+create index if not exists by_run on sandboxes (project, run, created);
 create index if not exists by_project on sandboxes (project, created);
 create index if not exists by_end on sandboxes (ended) where ended is not null
 """
@@ -321,6 +323,24 @@ class Store:
         """Server -> (how often it told, what it told last). One that tells no more is gone."""
         with self._database.transaction() as run:
             return {id: (seq, json.loads(waiting)) for id, seq, waiting in run("select * from servers")}
+
+    # Where files lie that only one Edge has
+
+    def put_snapshot(self, id: str, project: str, edge: str) -> None:
+        with self._database.transaction(durable=True) as run:
+            run("insert into snapshots values (?, ?, ?) on conflict do nothing", (id, project, edge))
+
+    def snapshot(self, id: str, project: str) -> str | None:
+        """The Edge that has it."""
+        with self._database.transaction() as run:
+            rows = run("select edge from snapshots where id = ? and project = ?", (id, project))
+        return str(rows[0][0]) if rows else None
+
+    def last_of_run(self, project: str, run_: str) -> Row | None:
+        """The youngest sandbox of a run, ended or not."""
+        with self._database.transaction() as run:
+            rows = self._rows(run, "project = ? and run = ? order by created desc limit 1", (project, run_))
+        return rows[0] if rows else None
 
     def change(self, id: str, state: str = "", reason: str = "", deadline: float | None = None) -> bool:
         """Changes what a live sandbox should be. False: it has ended. `stopping` is final: only an end follows it."""

@@ -1,0 +1,204 @@
+"""The API server's routes. `/v1/ops` and `/v1/streams` carry the SDK (`dsec.api.client`); the others are for people,
+curl and other languages; `/` is the fleet page. Every answer of an error is the JSON of `dsec.errors.to_wire`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+
+from dsec.api.metrics import metrics
+from dsec.api.service import Service, new_key
+from dsec.cluster.link import decode, encode
+from dsec.cluster.store import Key, Project
+from dsec.errors import DsecError, Forbidden, InvalidRequest, NotFound, to_wire
+from dsec.types import Spec
+
+PAGE = Path(__file__).with_name("fleet.html")
+MAX_BODY = 1 << 29
+
+
+def token_of(request: Request) -> str:
+    """X-API-Key, or Authorization: Bearer."""
+    given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+    if not given:
+        raise Forbidden("no API key: send it as X-API-Key")
+    return given
+
+
+async def user(request: Request) -> Key:
+    """Whose key the request carries."""
+    service: Service = request.app.state.service
+    return await service.who(token_of(request))
+
+
+async def admin(request: Request) -> Key:
+    known = await user(request)
+    if not known.admin:
+        raise Forbidden("that needs an administrator's key")
+    return known
+
+
+User = Annotated[Key, Depends(user)]
+Admin = Annotated[Key, Depends(admin)]
+Body = dict[str, Any]
+
+
+def make_app(service: Service) -> FastAPI:
+    """The ASGI application around ``service``, which it starts and closes."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(title="DSec", docs_url="/docs", redoc_url=None, lifespan=life)
+    app.state.service = service
+
+    @app.exception_handler(DsecError)
+    async def wrong(request: Request, error: DsecError) -> JSONResponse:
+        return JSONResponse(to_wire(error), max(400, error.status))
+
+    # The SDK
+
+    async def message(request: Request) -> tuple[dict[str, Any], bytes]:
+        if int(request.headers.get("content-length", 0)) > MAX_BODY:
+            raise InvalidRequest(f"a body has at most {MAX_BODY} bytes")
+        try:
+            args, data = decode(await request.body())
+        except ValueError as error:
+            raise InvalidRequest(f"not a message: {error}") from None
+        if not isinstance(args, dict):
+            raise InvalidRequest("arguments are a JSON object")
+        return args, data
+
+    @app.post("/v1/ops/{op}")
+    async def operate(op: str, request: Request, user: User) -> Response:
+        args, data = await message(request)
+        answer, out = await service.call(user.project, op, args, data)
+        return Response(encode(answer, out), media_type="application/x-dsec")
+
+    @app.post("/v1/streams/{op}")
+    async def follow(op: str, request: Request, user: User) -> Response:
+        args, _ = await message(request)
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                async for kind, data in service.stream(user.project, op, args):
+                    yield encode({"event": kind}, data)
+            except DsecError as error:
+                yield encode({"error": to_wire(error)})
+
+        return StreamingResponse(events(), media_type="application/x-dsec")
+
+    # Sandboxes as JSON
+
+    @app.post("/v1/sandboxes", status_code=201)
+    async def create(body: Body, request: Request, user: User, priority: int = 0, wait: float | None = None) -> Any:
+        """The body is a `Spec`. The header Idempotency-Key makes it repeatable."""
+        if name := request.headers.get("idempotency-key"):
+            body = body | {"idempotency_key": name}
+        return (await service.create(user.project, Spec.from_dict(body), priority, wait=wait)).as_dict()
+
+    @app.get("/v1/sandboxes")
+    async def listed(user: User, state: str = "") -> Any:
+        return {"sandboxes": await service.list(user.project, None, state.split(",") if state else None)}
+
+    @app.get("/v1/sandboxes/{id}")
+    async def info(id: str, user: User) -> Any:
+        return (await service.call(user.project, "info", {"id": id}))[0]
+
+    @app.delete("/v1/sandboxes/{id}")
+    async def kill(id: str, user: User) -> Any:
+        return (await service.call(user.project, "kill", {"id": id}))[0]
+
+    @app.post("/v1/sandboxes/{id}/exec")
+    async def execute(id: str, body: Body, user: User) -> Response:
+        """Runs {"command": text or list, ...}: one JSON object a line, {"stdout": text}, {"stderr": text}, and at
+        last {"result": ...} or {"error": ...}."""
+        await service.row(user.project, id)  # an unknown one is a plain 404, not a line in a stream
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                async for kind, data in service.stream(user.project, "commands.run", {**body, "id": id}):
+                    value = json.loads(data) if kind == "result" else data.decode("utf-8", "replace")
+                    yield json.dumps({kind: value}) + "\n"
+            except DsecError as error:
+                yield json.dumps(to_wire(error)) + "\n"
+
+        return StreamingResponse(events(), media_type="application/x-ndjson")
+
+    @app.get("/v1/sandboxes/{id}/files")
+    async def read(id: str, path: str, user: User) -> Response:
+        _, data = await service.call(user.project, "files.read", {"id": id, "path": path})
+        return Response(data, media_type="application/octet-stream")
+
+    @app.put("/v1/sandboxes/{id}/files")
+    async def write(id: str, path: str, request: Request, user: User, mode: int = 0o644) -> Any:
+        args = {"id": id, "path": path, "mode": mode}
+        return (await service.call(user.project, "files.write", args, await request.body()))[0]
+
+    @app.post("/v1/sandboxes/{id}/{op}")
+    async def verb(id: str, op: str, user: User, body: Body | None = None) -> Any:
+        """timeout, pause, resume, fork, snapshot, metrics and the operations of commands and files, as JSON."""
+        args = dict(body or {})
+        try:
+            data = base64.b64decode(args.pop("data", ""), validate=True)
+        except (binascii.Error, TypeError) as error:
+            raise InvalidRequest(f"data is base64: {error}") from None
+        op = {"timeout": "set_timeout"}.get(op, op)
+        answer, out = await service.call(user.project, op, {**args, "id": id}, data)
+        return answer | ({"data": base64.b64encode(out).decode()} if out else {})
+
+    # Projects and keys
+
+    @app.get("/v1/projects")
+    async def projects(user: Admin) -> Any:
+        return {"projects": [asdict(each) for each in await service._read(service.store.projects)]}
+
+    @app.put("/v1/projects/{name}")
+    async def put_project(name: str, user: Admin, weight: float = 1.0, max_live: int = 1000) -> Any:
+        if not name.replace("-", "").replace("_", "").isalnum() or not weight > 0 or max_live < 0:
+            raise InvalidRequest(f"no project can be {name!r} with weight {weight} and {max_live} sandboxes")
+        await service.put_project(Project(name, weight, max_live))
+        return {"name": name, "weight": weight, "max_live": max_live}
+
+    @app.post("/v1/projects/{name}/keys", status_code=201)
+    async def put_key(name: str, user: Admin, label: str = "", admin: bool = False) -> Any:
+        if name not in {each.name for each in await service._read(service.store.projects)}:
+            raise NotFound(f"no project {name!r}")
+        return {"key": await service._read(new_key, service.store, name, label, admin)}
+
+    @app.delete("/v1/keys/{digest}")
+    async def drop_key(digest: str, user: Admin) -> Any:
+        return {"dropped": await service._read(service.store.drop_key, digest)}
+
+    # Seeing
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return PlainTextResponse(await metrics(service), media_type="text/plain; version=0.0.4")
+
+    @app.get("/health")
+    async def health() -> Response:
+        well = await service.state()
+        return JSONResponse({"ok": well}, 200 if well else 503)
+
+    @app.get("/v1/fleet")
+    async def fleet(user: Admin) -> Any:
+        return await service.fleet()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text(), headers={"content-security-policy": "default-src 'self' 'unsafe-inline'"})
+
+    return app
