@@ -228,6 +228,21 @@ def test_a_full_disk_is_a_clean_error_and_the_log_goes_on(small_disk: Path) -> N
     assert bodies(small_disk / "log") == [*texts, b"after"]
 
 
+def test_nothing_of_a_group_that_found_no_room_is_ever_read(small_disk: Path) -> None:
+    """Its first frames fit and are whole on the disk; a later, shorter group of the same shape must not revive them."""
+
+    async def body() -> None:
+        writer = SegmentWriter(small_disk / "log")
+        await put(writer, b"one")
+        with pytest.raises(LogFull):
+            await put(writer, b"refused 1", b"refused 2", bytes(100 << 10))
+        await put(writer, b"another 1")
+        writer.close()
+
+    run(body)
+    assert bodies(small_disk / "log") == [b"one", b"another 1"]
+
+
 def test_killed_while_it_opens_a_segment(tmp_path: Path) -> None:
     """In a child: SIGKILL at each point of rolling over; the parent finds what was acknowledged, and writes on."""
     for nth, point in enumerate(
