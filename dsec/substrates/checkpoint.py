@@ -1,7 +1,7 @@
 """What machines start from: a root file system or a disk, and stopped machines that clones are made of.
 
-A checkpoint is a folder with `ram` (sparse), `device` (a few KiB), perhaps `disk.qcow2`, and `meta.json`. Templates and
-snapshots are both checkpoints, so forking a running machine is a snapshot and as many clones as wanted.
+A checkpoint is a folder with `ram` (sparse), `device` (a few KiB), perhaps `disk.qcow2`, and `checkpoint.json`.
+Templates and snapshots are both checkpoints, so forking a running machine is a snapshot and as many clones as wanted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dsec.substrates import qemu
 from dsec.substrates.qemu import Ram
 
 LAYERS = 20
+NAME = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,6 @@ class Root:
         files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.disks, stats, strict=True)]
         return {"files": files, "format": self.format, "boot": self.boot}
 
-    @classmethod
-    def read(cls, meta: dict[str, Any]) -> Root:
-        """Raises ImageError when a file is gone or another."""
-        root = cls(tuple(Path(file[0]) for file in meta["files"]), meta["format"], meta["boot"])
-        try:
-            now = root.describe()
-        except FileNotFoundError as error:
-            raise ImageError(f"a disk of the machine is gone: {error}") from None
-        if now != meta:
-            raise ImageError(f"a disk of the machine is not what it was: {meta['files']}")
-        return root
-
 
 @dataclass
 class Checkpoint:
@@ -64,18 +54,28 @@ class Checkpoint:
     ram: Ram | None = field(default=None, repr=False)
 
     @classmethod
-    def read(cls, folder: Path, meta: dict[str, Any] | None = None) -> Checkpoint:
-        """From its folder, or from what `describe` gave. Raises NotFound or ImageError."""
+    def known(cls, folder: Path, meta: dict[str, Any]) -> Checkpoint:
+        """From what `describe` gave; nothing is checked."""
+        files = tuple(Path(file[0]) for file in meta["root"]["files"])
+        root = Root(files, meta["root"]["format"], meta["root"]["boot"])
+        return cls(folder, int(meta["memory"]), int(meta["cpus"]), str(meta["accel"]), root)
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """From its folder. Raises NotFound, or ImageError if QEMU or a disk is not what it was: such a machine would
+        wake up with another body."""
         try:
-            meta = json.loads((folder / "meta.json").read_text()) if meta is None else meta
-            if meta["qemu"] != qemu_identity():
-                raise ImageError(f"{folder} was made by another QEMU")
-            root = Root.read(meta["root"])
-            return cls(folder, int(meta["memory"]), int(meta["cpus"]), str(meta["accel"]), root)
+            meta = json.loads((folder / NAME).read_text())
+            point = cls.known(folder, meta)
+            now = point.describe()
         except FileNotFoundError as error:
-            raise NotFound(f"no checkpoint at {folder}: {error}") from None
-        except (ValueError, KeyError, TypeError) as error:
+            raise NotFound(f"no checkpoint at {folder}, or its disk is gone: {error}") from None
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ImageError(f"{folder} is no checkpoint of a machine: {error!r}") from None
+        if now != meta:
+            changed = [key for key in now if now[key] != meta.get(key)]
+            raise ImageError(f"the checkpoint {folder} does not fit this host any more: {', '.join(changed)} changed")
+        return point
 
     def describe(self) -> dict[str, Any]:
         """All but the memory, as JSON."""
@@ -135,24 +135,28 @@ def _layers(home: Path, name: str) -> tuple[Path, ...]:
     return tuple(images.file(digest) for _, digest, _ in image.layers)
 
 
-async def qcow2(path: Path, root: Root, size: int) -> None:
-    """An empty overlay as large as the disk it lies on; how much of it may be written is the file-size limit."""
-    (disk,) = root.disks
-    program = shutil.which("qemu-img")
-    if program is None:
-        raise SubstrateUnavailable("no qemu-img", reason="qemu-img is not installed", fix="apt-get install qemu-utils")
-    if root.format == "raw":
-        bytes_ = disk.stat().st_size
-    else:
-        bytes_ = json.loads(await _run(program, "info", "--output=json", "-f", root.format, str(disk)))["virtual-size"]
-    await _run(program, "create", "-q", "-f", "qcow2", str(path), str(bytes_))
+def disk_size(path: Path, format: str) -> int:
+    """Bytes of a raw or qcow2 disk as the machine sees it. ImageError if the qcow2 names other files."""
+    if format == "raw":
+        return path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(104)
+    if len(head) < 72 or head[:4] != b"QFI\xfb":
+        raise ImageError(f"{path} is no qcow2 disk")
+    version, backing = struct.unpack_from(">IQ", head, 4)
+    features = int.from_bytes(head[72:80], "big") if version >= 3 else 0
+    if backing or features & 4:
+        raise ImageError(f"{path} names other files of the host; flatten it: qemu-img convert -O qcow2")
+    return int.from_bytes(head[24:32], "big")
 
 
-async def _run(*command: str) -> bytes:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
-    )
-    out, _ = await process.communicate()
-    if process.returncode:
-        raise ImageError(f"{Path(command[0]).name} failed: {out[-400:].decode(errors='replace').strip()}")
-    return out
+def qcow2(size: int) -> bytes:
+    """An empty qcow2 overlay over a disk of `size` bytes (version 3, clusters of 64 KiB): header, a table and a block
+    of reference counts, and the first-level table. What it lies over is said on QEMU's command line, not here."""
+    cluster, entries = 1 << 16, -(-size // (1 << 29))
+    table = -(-entries * 8 // cluster)
+    head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, 16, size, 0, entries, 3 * cluster, cluster, 1, 0, 0)
+    head += struct.pack(">QQQII", 0, 0, 0, 4, 104)  # features, then 16-bit counts
+    counts = b"\0\1" * (3 + table)
+    blocks = (head, (2 * cluster).to_bytes(8, "big"), counts, bytes(table * cluster))
+    return b"".join(block.ljust(cluster, b"\0") for block in blocks)

@@ -24,12 +24,12 @@ from typing import Any
 
 from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
 from dsec.guest import build
-from dsec.guest.protocol import Agent
+from dsec.guest.protocol import Agent, Process
 from dsec.launch import cgroups
 from dsec.launch.cgroups import Cgroup
 from dsec.substrates import linux, qemu
 from dsec.substrates.base import Probe
-from dsec.substrates.checkpoint import Checkpoint, Root, file_system, qcow2
+from dsec.substrates.checkpoint import NAME, Checkpoint, Root, disk_size, file_system, qcow2
 from dsec.substrates.qemu import Disk, Machine, Qemu, Ram
 from dsec.types import Capabilities, Spec, Stats
 
@@ -47,6 +47,8 @@ SYSTEMD = " systemd.firstboot=off systemd.show_status=no" + "".join(
     "dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-random-seed.service".split()
 )
 """What a machine that lives for minutes has no use for; first boot would ask its console for a time zone."""
+HANG = 1.0
+"""Seconds a guest has to end a command that is killed, before the machine is."""
 _Boot = tuple[linux.Kernel, Path]
 
 
@@ -110,7 +112,7 @@ class MicroVMSubstrate:
         if not state["started"] or qemu.started(int(state["pid"])) != state["started"]:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
-        point = Checkpoint.read(folder, state["point"])
+        point = Checkpoint.known(folder, state["point"])
         machine = Qemu(int(state["pid"]), folder, group)
         return VirtualMachine(self, machine, point, await _connect(machine))
 
@@ -156,11 +158,11 @@ class MicroVMSubstrate:
         what = [point.describe(), initrd.name, kernel.release, spec.disk]
         folder = self.home / "vm/templates" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
         async with self._building.setdefault(folder.name, asyncio.Lock()):
-            if not (folder / "meta.json").exists():
+            if not (folder / NAME).exists():
                 lock = linux.locked(folder.with_suffix(".lock"))
                 await asyncio.to_thread(lock.__enter__)  # another process may be building the same one
                 try:
-                    if not (folder / "meta.json").exists():
+                    if not (folder / NAME).exists():
                         await self._build(point, folder, kernel, initrd, spec.disk)
                 finally:
                     lock.__exit__()
@@ -176,7 +178,8 @@ class MicroVMSubstrate:
         running: VirtualMachine | None = None
         try:
             if point.root.format != "erofs":
-                await qcow2(scratch / "disk.qcow2", point.root, disk)
+                size = disk_size(point.root.disks[0], point.root.format)
+                (scratch / "disk.qcow2").write_bytes(qcow2(size))
             machine = self._start(booting, scratch, group, disk, boot=(kernel, initrd))
             running = VirtualMachine(self, machine, booting, await _connect(machine))
             await running.settle(self.boot_deadline)
@@ -280,9 +283,30 @@ class MicroVMSubstrate:
         linux.publish(self._memo(), self._accel.encode())
 
 
-async def _connect(machine: Qemu) -> Agent:
+class GuestAgent(Agent):
+    """The agent of a machine, whose kernel is the guest's: that a kill works is for the guest to prove, in time."""
+
+    closed = False
+
+    def send(self, kind: bytes, id: int, payload: bytes = b"") -> None:
+        super().send(kind, id, payload)
+        if kind == b"S" and payload == b"\x09" and id in self._processes:
+            asyncio.get_running_loop().call_later(HANG, self._check, self._processes[id])
+
+    def _check(self, process: Process) -> None:
+        if not process.done.done():
+            self._fail(f"the guest did not end a killed command within {HANG} s")
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+async def _connect(machine: Qemu) -> GuestAgent:
     with qemu.reachable(machine.folder, "agent.sock") as path:
-        return await Agent.connect(path, serial=True)
+        agent = await GuestAgent.connect(path, serial=True)
+    assert isinstance(agent, GuestAgent)
+    return agent
 
 
 async def _bury(group: Cgroup | None, folder: Path) -> None:
@@ -297,10 +321,19 @@ async def _bury(group: Cgroup | None, folder: Path) -> None:
 class VirtualMachine:
     """See base.Running."""
 
-    def __init__(self, of: MicroVMSubstrate, machine: Qemu, point: Checkpoint, agent: Agent) -> None:
+    def __init__(self, of: MicroVMSubstrate, machine: Qemu, point: Checkpoint, agent: GuestAgent) -> None:
         self.agent, self.machine, self.point = agent, machine, point
         self.capabilities = Capabilities(isolation=4 if point.accel == "kvm" else 3, fork_memory=True, limits="machine")
         self._of, self._frozen, self._gone, self._lock = of, False, False, asyncio.Lock()
+        agent.failed.add_done_callback(
+            lambda failed: agent.closed or asyncio.ensure_future(self._lost(failed.result()))
+        )
+
+    async def _lost(self, reason: str) -> None:
+        """A machine whose agent lied, hung or left is destroyed at once, for that reason."""
+        await asyncio.wait([self.machine.end], timeout=0.2)  # if it was the machine that left, that says more
+        self.machine.blame = self.machine.blame or reason
+        await self.machine.kill()
 
     def state(self) -> dict[str, Any]:
         slot = self.machine.group.slot if self.machine.group is not None else None
@@ -380,7 +413,7 @@ class VirtualMachine:
         self.machine.save_memory(scratch / "ram")
         if (self.machine.folder / "disk.qcow2").exists():
             shutil.copyfile(self.machine.folder / "disk.qcow2", scratch / "disk.qcow2")
-        (scratch / "meta.json").write_text(json.dumps(self.point.describe()))
+        (scratch / NAME).write_text(json.dumps(self.point.describe()))
         os.rename(scratch, target)
 
     async def stats(self) -> Stats:

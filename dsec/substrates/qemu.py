@@ -222,6 +222,7 @@ class Qemu:
     def __init__(self, pid: int, folder: Path, group: Cgroup | None) -> None:
         self.pid, self.folder, self.group = pid, folder, group
         self.started = started(pid)
+        self.blame = ""  # why we killed it
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._qmp: Qmp | None = None
         self._connecting = asyncio.Lock()
@@ -271,7 +272,9 @@ class Qemu:
             self.end.set_result(self.why())
 
     def why(self) -> str:
-        """QEMU's last words, or that the machine was switched off."""
+        """Why it ended: what we killed it for, QEMU's last words, or that it was switched off."""
+        if self.blame:
+            return self.blame
         with contextlib.suppress(OSError):
             lines = (self.folder / "log").read_text(errors="replace")[-500:].strip().splitlines()
             if lines:
