@@ -367,7 +367,9 @@ def records(log: Records, trajectory: str, branch: str) -> tuple[list[Record], i
     """
     found = log.index.frames(keys.stream_of(trajectory, branch))
     opens = [(shard, place, epoch) for shard, place, epoch, mark in found if KINDS[mark & 15] == "OPEN"]
-    seen = {place: log.read(place)[0]["seen"] for _, place, _ in opens} if len(opens) > 1 else {}
+    if len(opens) == 1:
+        return [(KINDS[mark & 15], mark >> 4, epoch, place) for _, place, epoch, mark in found], 0
+    seen = {place: log.read(place)[0]["seen"] for _, place, _ in opens}
     kept: list[Record] = []
     for shard, place, epoch, mark in found:
         position = (Path(place.path).name, place.offset)

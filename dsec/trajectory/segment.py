@@ -87,8 +87,8 @@ def pack(stream: int, epoch: int, mark: int, header: bytes, payload: bytes, batc
     return b"".join((head, crc.to_bytes(4, "little"), header, payload))
 
 
-def unpack(data: bytes, offset: int = 0) -> Frame:
-    """The frame at `offset`; ValueError says what is wrong with it."""
+def unpack(data: bytes, offset: int = 0, base: int = 0) -> Frame:
+    """The frame at `offset` of `data` (byte `base` of its file on); ValueError says what is wrong with it."""
     if len(data) - offset < HEAD.size:
         raise ValueError(f"{len(data) - offset} bytes are less than a frame's {HEAD.size}")
     magic, header_bytes, payload_bytes, batch, stream, epoch, mark, crc = HEAD.unpack_from(data, offset)
@@ -101,7 +101,7 @@ def unpack(data: bytes, offset: int = 0) -> Frame:
     header, payload = data[start:middle], data[middle:end]
     if extend(extend(extend(0, data[offset : start - 4]), header), payload) != crc:
         raise ValueError("CRC32C differs")
-    return Frame(offset, end, batch, stream, epoch, mark, header, payload)
+    return Frame(base + offset, base + end, batch, stream, epoch, mark, header, payload)
 
 
 Item = tuple[int, int, int, bytes, bytes, "asyncio.Future[Place]"]  # stream, epoch, mark, header, payload, who waits
@@ -124,19 +124,20 @@ def scan(path: Path, limit: int | None = None, start: int = 0, stream: int | Non
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read() if limit is None else file.read(max(0, limit - start))
-    frames, offset = [], 0
+    frames, offset, why = [], 0, f"the file ends before byte {limit}"
     while offset < len(data):
         try:
-            frame = unpack(data, offset)
+            frame = unpack(data, offset, start)
         except ValueError as problem:
-            if limit is not None or _acknowledged(data, offset, start):
-                raise corrupt(path, start + offset, str(problem)) from None
+            why = str(problem)
+            if _acknowledged(data, offset, start):
+                raise corrupt(path, start + offset, why) from None
             break
         if stream is None or frame.stream == stream:
-            frames.append(frame._replace(offset=start + offset, end=start + frame.end))
-        offset = frame.end
+            frames.append(frame)
+        offset = frame.end - start
     if limit is not None and start + offset < limit:
-        raise corrupt(path, start + offset, f"{limit} bytes expected")
+        raise corrupt(path, start + offset, why)
     return Scan(frames, start + offset, start + len(data))
 
 

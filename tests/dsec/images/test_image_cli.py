@@ -55,10 +55,11 @@ def test_python_from_debians_packages(tmp_path: Path) -> None:
         pytest.skip("needs a mirror of Debian's packages")
     import asyncio
 
+    chroot = shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin") or "chroot"
     (top,) = asyncio.run(lowers(tmp_path, "python"))
     for command in (["python", "-c", "print(6 * 7)"], ["pip", "--version"], ["make", "--version"]):
         done = subprocess.run(
-            ["chroot", str(top), *command], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}
+            [chroot, str(top), *command], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}
         )
         assert done.returncode == 0 and done.stdout, done.stderr
     assert asyncio.run(lowers(tmp_path, "python")) == [top]
