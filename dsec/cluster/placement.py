@@ -270,10 +270,10 @@ class Placement:
 
 class StartRate:
     """How many starts a second a host takes: up by a step while starts are quick and wanted, down by a third when the
-    slowest twentieth passes ``target`` seconds or processes stall (pressure, from /proc/pressure, 0 to 1)."""
+    slowest twentieth passes ``target`` or everything stalls (pressure, from /proc/pressure, 0 to 1)."""
 
     def __init__(
-        self, now: float, rate: float = 20.0, target: float = 0.5, low: float = 1.0, high: float = 500.0
+        self, now: float, rate: float = 20.0, target: float = 1.0, low: float = 4.0, high: float = 500.0
     ) -> None:
         self.rate, self.target, self.low, self.high = rate, target, low, high
         self._tokens, self._when, self._refused = rate, now, False
@@ -289,7 +289,7 @@ class StartRate:
         return True
 
     def record(self, seconds: float) -> None:
-        """A start took this long."""
+        """A start took this long, in whatever unit ``target`` has."""
         self._took.append(seconds)
 
     def adjust(self, pressure: float = 0.0) -> float:
