@@ -134,7 +134,9 @@ def _claimed(staging: Path, plan: str) -> Iterator[None]:
         begun = stream.read()
         if begun and begun != plan:
             raise ValueError(f"{staging} holds another conversion, unfinished: repeat that one, or delete it")
-        if not begun:
+        if not begun:  # shards without a plan are from a run that was stopped in its last moment: nobody knows whose
+            for file in staging.glob("*.safetensors"):
+                file.unlink()
             stream.write(plan)
             stream.flush()
         yield

@@ -147,6 +147,15 @@ def test_a_killed_conversion_goes_on(release: Path, tmp_path: Path, monkeypatch:
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
 
+def test_shards_whose_plan_is_gone_are_not_trusted(release: Path, tmp_path: Path) -> None:
+    staging = killed(release, tmp_path / "m")
+    (staging / "plan.json").unlink()
+    first = sorted(staging.glob("*.safetensors"))[0]
+    first.write_bytes(b"of another conversion")
+    convert(release, tmp_path / "m", "official")
+    assert same(tmp_path / "m", release)
+
+
 def contents_of_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 

@@ -4,6 +4,7 @@ by hand, from an independent implementation; and experts streamed from disk."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ def experts_by_hand(
     return out
 
 
+def shared_by_hand(shared: moe.Expert, x: Tensor) -> Tensor:
+    one = (shared.w1.weight[None], shared.w2.weight[None], shared.w3.weight[None])
+    first, full = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
+    return experts_by_hand(x, first, full, *one, shared.limit)
+
+
 Steps = list[tuple[tuple[Any, ...], Tensor]]
 
 
@@ -80,6 +87,8 @@ def wanted(release: Path, tokens: Tensor) -> Steps:
             module.forward = lambda x, w=module.weight: F.linear(eight(x), w)  # type: ignore[method-assign]
     steps: Steps = []
     for block in model.layers:
+        shared = block.ffn.shared_experts
+        shared.forward = partial(shared_by_hand, shared)
         block.attn.round = kv
         if block.layer.compress_ratio:
             block.attn.compressor.round = kv
