@@ -17,6 +17,7 @@ import contextlib
 import inspect
 import os
 import queue
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -316,8 +317,11 @@ class AsyncSandbox:
         return str((await self._ask("log_snapshot"))["snapshot"])
 
     async def call(self, function: Any, *args: Any, timeout: float | None = 60, **kwargs: Any) -> Any:
-        """A function sandbox's call: a registered name ("module:function"), or Python code that defines main()."""
-        name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        """A function sandbox's call: a registered name ("module:function"), Python code that defines main(), or a
+        function, whose source is sent: it may use only what it imports itself."""
+        name = function
+        if not isinstance(function, str):
+            name = f"{textwrap.dedent(inspect.getsource(function))}\nmain = {function.__name__}\n"
         answer = await self._ask("call", function=name, args=list(args), kwargs=kwargs, timeout=timeout)
         return answer["value"]
 

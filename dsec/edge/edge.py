@@ -61,8 +61,8 @@ class Edge:
     # life of the Edge
 
     async def start(self) -> None:
-        (self.home / "sandboxes").mkdir(exist_ok=True)
-        self.snapshots.mkdir(exist_ok=True)
+        for folder in (self.home / "sandboxes", self.snapshots):  # 0700: a snapshot may hold setuid files of id 0
+            folder.mkdir(exist_ok=True, mode=0o700)
         await asyncio.gather(*(self._adopt(folder) for folder in sorted((self.home / "sandboxes").iterdir())))
 
     async def stop(self, destroy: bool = False) -> None:
@@ -194,7 +194,8 @@ class Edge:
         if len(self.boxes) >= self.max_live:
             raise Capacity(f"{len(self.boxes)} sandboxes are live on {self.host}, its limit is {self.max_live}")
         substrate = self.substrate(spec.substrate)
-        isolation = substrate.capabilities.isolation
+        levels = getattr(substrate, "isolation", None)  # a substrate of several variants
+        isolation = levels(spec) if levels else substrate.capabilities.isolation
         if isolation < spec.isolation_min:
             raise SubstrateUnavailable(
                 f"{spec.substrate} gives isolation level {isolation} here, {spec.isolation_min} was asked for",
@@ -213,6 +214,7 @@ class Edge:
             del self.boxes[id]
             await asyncio.to_thread(shutil.rmtree, folder, True)
             raise
+        box.capabilities = box.running.capabilities.as_dict()
         box.state, box.deadline = "running", time.time() + spec.timeout
         box.save()
         self._watch(box)

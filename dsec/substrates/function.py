@@ -1,0 +1,364 @@
+"""Functions: a pool of warm Python workers that answer calls. What each variant stops, and what it does not:
+
+    resident     level 0  one long-lived process; a call sees what earlier calls left. For code you wrote.
+    forked       level 1  a child per call with rlimits and no_new_privs: crashes, leaks and loops end with the call.
+    namespaced   level 1  forked, without a network, in namespaces of its own, under the system call filter. It reads
+                          host files that everybody may read: a container is the next step, not this.
+
+A call names a function that a module in DSEC_FUNCTIONS (of the Edge: "mine,theirs.more") has put through `register`, as
+"module:name", or is code that defines main(). Arguments and values
+are JSON both ways; nothing of a worker is unpickled. `image` chooses the variant ("host" means forked).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, Timeout
+from dsec.guest.protocol import Agent
+from dsec.substrates.base import Probe
+from dsec.types import Capabilities, Spec, Stats
+
+Variant = Literal["resident", "forked", "namespaced"]
+LEVELS: dict[str, int] = {"resident": 0, "forked": 1, "namespaced": 1}
+WORKERS = 2
+MAX_REPLY = 16 << 20
+NOBODY = 65534
+_HEAD = struct.Struct("<I")
+_REGISTERED: dict[str, Callable[..., Any]] = {}
+
+
+def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function as callable in function sandboxes, by "module:name". A decorator."""
+    _REGISTERED[f"{function.__module__}:{function.__qualname__}"] = function
+    return function
+
+
+class FunctionSubstrate:
+    """See base.Substrate. Workers belong to the Edge: they end with it, and so do calls in flight."""
+
+    name = "function"
+    capabilities = Capabilities(isolation=0, persistent_fs=False, network=False, tty=False, limits="rlimit")
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def isolation(self, spec: Spec) -> int:
+        """What the variant that `spec` names gives."""
+        return LEVELS.get("forked" if spec.image == "host" else spec.image, 0)
+
+    async def probe(self) -> Probe:
+        start = time.perf_counter()
+        running = await self.create("probe", Spec(substrate="function"), self.home)
+        try:
+            good = await running.call("def main(x): return x + 1", [41], {}, 30) == 42
+        except DsecError as error:
+            return Probe(False, str(error))
+        finally:
+            await running.destroy()
+        return Probe(good, "forked workers of this interpreter", "", time.perf_counter() - start)
+
+    async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> Functions:
+        variant = "forked" if spec.image == "host" else spec.image
+        if variant not in LEVELS:
+            raise InvalidRequest(f"a function's image is its variant, {', '.join(LEVELS)}, not {spec.image!r}")
+        return Functions(variant, spec)
+
+    async def adopt(self, id: str, spec: Spec, folder: Path, state: dict[str, Any]) -> Functions:
+        return await self.create(id, spec, folder)
+
+    async def close(self) -> None:
+        return None
+
+
+class NoAgent(Agent):
+    """In place of an agent: a function sandbox has no commands and no files."""
+
+    def send(self, kind: bytes, id: int, payload: bytes = b"") -> None:
+        raise InvalidRequest("a function sandbox runs functions (call), not commands; use a container for those")
+
+    async def journal(self) -> list[Any]:
+        return []
+
+
+class Functions:
+    """See base.Running: WORKERS processes of one variant, started when first called."""
+
+    def __init__(self, variant: str, spec: Spec) -> None:
+        self.variant, self.spec = variant, spec
+        self.agent = NoAgent()
+        self.capabilities = Capabilities(
+            isolation=LEVELS[variant], persistent_fs=False, network=False, tty=False, limits="rlimit"
+        )
+        self._idle: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
+        self._count = 0
+        self._all: set[Worker] = set()
+        self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def call(self, function: str, args: list[Any], kwargs: dict[str, Any], timeout: float | None) -> Any:
+        """The function's value. Raises SandboxFailed with its traceback, Timeout, NotFound for an unknown name."""
+        if self._end.done():
+            raise SandboxFailed("it is dead")
+        request = json.dumps([function, args, kwargs]).encode()
+        worker = await self._take()
+        try:
+            async with asyncio.timeout(timeout):
+                kind, value = await worker.ask(request)
+        except TimeoutError:
+            worker.kill()
+            raise Timeout(f"the call ran past its {timeout:g} s and was killed") from None
+        except asyncio.CancelledError:
+            worker.kill()
+            raise
+        finally:
+            self._give(worker)
+        if kind == "value":
+            return value
+        if kind == "unknown":
+            raise NotFound(str(value))
+        raise SandboxFailed(str(value), kind=kind)
+
+    async def _take(self) -> Worker:
+        while True:
+            if self._idle.empty() and self._count < WORKERS:
+                self._count += 1
+                worker = Worker(self.variant, self.spec)
+                self._all.add(worker)
+                return worker
+            worker = await self._idle.get()
+            if not worker.dead:
+                return worker
+            self._forget(worker)
+
+    def _give(self, worker: Worker) -> None:
+        self._idle.put_nowait(worker)
+
+    def _forget(self, worker: Worker) -> None:
+        self._count -= 1
+        self._all.discard(worker)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    async def died(self) -> str:
+        return await asyncio.shield(self._end)
+
+    async def freeze(self) -> None:
+        for worker in self._all:
+            worker.signal(signal.SIGSTOP)
+
+    async def thaw(self) -> None:
+        for worker in self._all:
+            worker.signal(signal.SIGCONT)
+
+    async def stats(self) -> Stats:
+        return Stats(pids=len([worker for worker in self._all if not worker.dead]))
+
+    async def snapshot(self, target: Path) -> None:
+        raise InvalidRequest("a function sandbox keeps nothing that a snapshot could hold")
+
+    async def destroy(self) -> None:
+        for worker in self._all:
+            worker.kill()
+        self._all.clear()
+        if not self._end.done():
+            self._end.set_result("destroyed")
+
+
+class Worker:
+    """A process of this interpreter on one end of a socket pair."""
+
+    def __init__(self, variant: str, spec: Spec) -> None:
+        self.dead = False
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        os.set_inheritable(theirs.fileno(), True)
+        modules = {name.partition(":")[0] for name in _REGISTERED} | set(
+            os.environ.get("DSEC_FUNCTIONS", "").split(",")
+        )
+        names = json.dumps(sorted(modules - {"__main__", ""}))
+        settings = json.dumps({"variant": variant, "memory": spec.memory, "pids": spec.pids, "env": spec.env})
+        argv = [sys.executable, "-c", "from dsec.substrates.function import work; work()", str(theirs.fileno())]
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+        self._pid = os.posix_spawn(
+            sys.executable, [*argv, settings, names], {"PYTHONPATH": path, "PATH": os.defpath}, setpgroup=0
+        )
+        theirs.close()
+
+    async def ask(self, request: bytes) -> tuple[str, Any]:
+        """Sends one request and reads its answer. A worker that dies or lies answers ("died", why)."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.sock_sendall(self._socket, _HEAD.pack(len(request)) + request)
+            data = await loop.sock_recv(self._socket, 65536)
+            while len(data) >= 4 and len(data) < 4 + (size := _HEAD.unpack_from(data)[0]):
+                if size > MAX_REPLY:
+                    raise ValueError(f"a reply of {size} bytes")
+                more = await loop.sock_recv(self._socket, 1 << 20)
+                if not more:
+                    raise ValueError("it ended in the middle of its reply")
+                data += more
+            if not data:
+                raise ValueError("it ended without a reply")
+            kind, value = json.loads(data[4:])
+        except (OSError, ValueError) as error:
+            self.kill()
+            return "died", f"the worker died: {error}"
+        return str(kind), value
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._pid, number)
+
+    def kill(self) -> None:
+        if not self.dead:
+            self.dead = True
+            self.signal(signal.SIGKILL)
+            self._socket.close()
+            with suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+
+
+# Inside a worker
+
+
+def _receive(connection: socket.socket) -> bytes | None:
+    head = connection.recv(4, socket.MSG_WAITALL)
+    if len(head) < 4:
+        return None
+    return connection.recv(_HEAD.unpack(head)[0], socket.MSG_WAITALL)
+
+
+def work() -> None:
+    """The worker's main loop: one request, one reply. Started with the descriptor, the settings and module names."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    settings = json.loads(sys.argv[2])
+    for name in json.loads(sys.argv[3]):
+        __import__(name)
+    os.environ.update(settings["env"])
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    variant = settings["variant"]
+    if variant != "resident":
+        limit(settings, variant == "namespaced")
+    functions: dict[str, Any] = {}
+    while (request := _receive(connection)) is not None:
+        if variant == "resident":
+            reply = _answer(request, functions)
+        else:
+            reply = _in_child(request)
+        connection.sendall(_HEAD.pack(len(reply)) + reply)
+
+
+def limit(settings: dict[str, Any], namespaced: bool) -> None:
+    """The worker, and so every child of it, gives up what no call needs: root, privileges, memory, the network."""
+    import ctypes
+
+    from dsec.launch import seccomp  # now: an ordinary user may not reach our files
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def must(result: int, what: str) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), what)
+
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    if namespaced:
+        uid, gid = os.geteuid(), os.getegid()
+        must(libc.prctl(4, 1, 0, 0, 0), "dumpable")  # else our own /proc entries belong to root
+        must(libc.unshare(0x10000000 | 0x00020000 | 0x40000000 | 0x08000000 | 0x04000000), "namespaces")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            Path("/proc/self", name).write_text(text)
+    data = settings["memory"] << 20
+    for which, value in ((resource.RLIMIT_DATA, data), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 64 << 20)):
+        resource.setrlimit(which, (value, value))
+    must(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
+    if namespaced:
+        must(libc.capset(struct.pack("<Ii", 0x20080522, 0), bytes(24)), "capabilities")
+        code = seccomp.program()
+        buffer = ctypes.create_string_buffer(code, len(code))
+        program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+        must(libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0), "seccomp")
+
+
+def _answer(request: bytes, functions: dict[str, Any]) -> bytes:
+    try:
+        name, args, kwargs = json.loads(request)
+        call = functions.get(name) or _find(name)
+        functions[name] = call
+        return json.dumps(["value", call(*args, **kwargs)]).encode()
+    except KeyError as error:
+        if error.args and str(error.args[0]).startswith("no function"):
+            return json.dumps(["unknown", error.args[0]]).encode()
+        return _trace()
+    except BaseException:  # the user's code may raise anything, and whatever it is goes back to the user
+        return _trace()
+
+
+def _trace() -> bytes:
+    import traceback
+
+    return json.dumps(["error", traceback.format_exc()[-4000:]]).encode()
+
+
+def _find(name: str) -> Any:
+    if "\n" in name or "def " in name:
+        scope: dict[str, Any] = {"__name__": "dsec_call"}
+        exec(compile(name, "<call>", "exec"), scope)
+        if not callable(scope.get("main")):
+            raise KeyError("no function main() in the code")
+        return scope["main"]
+    if name not in _REGISTERED:
+        raise KeyError(f"no function {name!r} is registered; there are {', '.join(_REGISTERED) or 'none'}")
+    return _REGISTERED[name]
+
+
+def _in_child(request: bytes) -> bytes:
+    """Runs one call in a fork; its processes are gone when this returns."""
+    out, into = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        os.close(out)
+        reply = _answer(request, {})
+        with os.fdopen(into, "wb") as pipe:
+            pipe.write(_HEAD.pack(len(reply)) + reply)
+        os._exit(0)
+    os.close(into)
+    data = b""  # by its length, not to the end of the pipe, which a grandchild may hold open
+    while len(data) < 4 or len(data) < 4 + min(_HEAD.unpack_from(data)[0], MAX_REPLY):
+        part = os.read(out, 1 << 20)
+        if not part:
+            break
+        data += part
+    os.close(out)
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    reply = data[4:]
+    try:
+        if len(reply) > MAX_REPLY or len(json.loads(reply)) != 2:
+            raise ValueError
+    except ValueError:
+        code = os.waitstatus_to_exitcode(status)
+        why = f"reply over {MAX_REPLY} bytes" if len(reply) > MAX_REPLY else f"it ended with {code} and no value"
+        return json.dumps(["died", why]).encode()
+    return reply

@@ -1,0 +1,279 @@
+"""Deaths of clients and of the Edge, stock, limits of the host, and trajectories through the SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsec import AsyncSandbox
+from dsec.errors import Capacity, Diverged, NotFound, OutcomeUnknown, SandboxFailed, StateLost
+from tests.dsec.conftest import Host
+
+
+@pytest.fixture(params=["root", "user"])
+def own(request: pytest.FixtureRequest, make_host: Callable[[str], Host]) -> Iterator[Host]:
+    """A host of the test's own, since its Edge will be killed."""
+    host = make_host(request.param)
+    yield host
+    host.stop()
+
+
+CLIENT = """
+import sys
+from dsec import Sandbox
+box = Sandbox.create(timeout=60)
+print(box.id, flush=True)
+box.commands.run("echo one >> counter; echo begun; sleep 0.8; echo two >> counter; echo ended; exit 7")
+"""
+
+
+def test_a_killed_client_loses_nothing(root_host: Host) -> None:
+    environment = {**os.environ, "DSEC_HOME": str(root_host.home)}
+    client = subprocess.Popen([sys.executable, "-c", CLIENT], env=environment, stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    id = client.stdout.readline().strip()
+    box = root_host.sync("connect", id)
+    while not box.files.exists("counter"):
+        time.sleep(0.01)
+    client.kill()
+    client.wait()
+    (command,) = box.commands.list()
+    result = box.commands.connect(command["id"]).wait(check=False)
+    assert (result.stdout, result.exit_code) == ("begun\nended\n", 7)
+    assert box.files.read("counter") == "one\ntwo\n"
+    box.kill()
+
+
+def test_a_killed_edge_loses_nothing(own: Host) -> None:
+    box = own.create(timeout=60, metadata={"who": "me"})
+    done = box.commands.run("echo finished", background=True)
+    done.wait()
+    handle = box.commands.run("echo one >> counter; echo begun; sleep 1; echo two >> counter; exit 5", background=True)
+    while not box.files.exists("counter"):
+        time.sleep(0.01)
+    deadline = box.get_info().deadline
+    own.kill()
+    time.sleep(0.1)
+    own.start()
+    again = own.sync("connect", box.id)
+    assert again.get_info().metadata == {"who": "me"} and again.get_info().deadline == deadline
+    result = again.commands.connect(handle.id).wait(check=False)
+    assert (result.stdout, result.exit_code) == ("begun\n", 5)
+    assert again.commands.connect(done.id).wait().stdout == "finished\n", "also what ended before"
+    assert again.files.read("counter") == "one\ntwo\n", "nothing ran twice"
+    assert again.commands.run("echo new").stdout == "new\n"
+    assert again.kill() and not again.is_running()
+
+
+def test_a_sandbox_that_died_while_no_edge_ran_is_gone(own: Host) -> None:
+    box = own.create(timeout=60)
+    box.commands.run("true")
+    state = json.loads((own.home / "sandboxes" / box.id / "state.json").read_text())
+    own.kill()
+    children = Path(f"/proc/{state['running']['pid']}/task/{state['running']['pid']}/children").read_text().split()
+    for pid in children:
+        os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.2)
+    own.start()
+    with pytest.raises(NotFound):
+        own.sync("connect", box.id)
+    assert not (own.home / "sandboxes" / box.id).exists()
+
+
+def test_deadlines_hold_across_an_edge_and_a_pause_stops_them(own: Host) -> None:
+    short, paused = own.create(timeout=2), own.create(timeout=2)
+    paused.pause()
+    own.kill()
+    own.start()
+    assert {info.id for info in own.sync("list")} == {short.id, paused.id}
+    time.sleep(2.2)
+    assert [info.id for info in own.sync("list")] == [paused.id]
+    woken = own.sync("connect", paused.id)
+    assert woken.commands.run("echo awake").stdout == "awake\n"
+    assert 0 < woken.get_info().deadline - time.time() < 2
+    woken.set_timeout(30)
+    assert woken.get_info().deadline - time.time() > 25
+    woken.kill()
+
+
+def test_only_one_edge_owns_a_folder(root_host: Host) -> None:
+    second = subprocess.run([sys.executable, "-m", "dsec.edge.server", str(root_host.home)], timeout=20)
+    assert second.returncode == 0
+    with root_host.create() as box:
+        assert box.commands.run("echo still here").stdout == "still here\n"
+
+
+def test_the_sdk_starts_an_edge_on_demand_and_replaces_a_dead_one(tmp_path: Path, programs: Path) -> None:
+    code = """
+from dsec import Sandbox
+import os, signal
+box = Sandbox.create(substrate="function")
+print(box.call("def main(): return 1"))
+from dsec.sandbox import _Loop, default_transport
+import asyncio
+async def pid(): return (await default_transport().call("status", {}))[0]["pid"]
+first = asyncio.run_coroutine_threadsafe(pid(), _Loop.get()).result()
+os.kill(first, signal.SIGKILL)
+import time; time.sleep(0.2)
+box = Sandbox.create(substrate="function")
+print(box.call("def main(): return 2"))
+async def over(): await default_transport().call("shutdown", {"destroy": True})
+asyncio.run_coroutine_threadsafe(over(), _Loop.get()).result()
+"""
+    environment = {**os.environ, "DSEC_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1", "2"] and done.stderr == "", done
+
+
+def test_a_pool_makes_creation_a_claim(root_host: Host) -> None:
+    assert root_host.sync("pool", 3, memory=128, disk=32) == 3
+    try:
+        times, boxes = [], []
+        for i in range(3):
+            start = time.perf_counter()
+            boxes.append(root_host.create(memory=128, disk=32, env={"N": str(i)}, metadata={"n": str(i)}))
+            assert boxes[-1].commands.run("echo $N").stdout == f"{i}\n"
+            times.append(time.perf_counter() - start)
+        assert len({box.id for box in boxes}) == 3 and {box.get_info().metadata["n"] for box in boxes} == {
+            "0",
+            "1",
+            "2",
+        }
+        for box in boxes:
+            box.kill()
+    finally:
+        assert root_host.sync("pool", 0, memory=128, disk=32) == 0
+
+
+def test_many_at_once_and_the_hard_cap(root_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSEC_HOME", str(root_host.home))
+
+    async def main() -> None:
+        async def one(i: int) -> str:
+            async with await AsyncSandbox.create(timeout=60) as box:
+                return str((await box.commands.run(f"echo {i}")).stdout)
+
+        gate = asyncio.Semaphore(8)
+
+        async def gated(i: int) -> str:
+            async with gate:
+                return await one(i)
+
+        assert await asyncio.gather(*(gated(i) for i in range(40))) == [f"{i}\n" for i in range(40)]
+        with pytest.raises(Capacity):
+            await AsyncSandbox.pool(0, memory=64)
+            transport = root_host.transport()
+            try:
+                await transport.call("fork", {"id": "x", "count": 1})
+            except NotFound:
+                raise Capacity("stands in when the cap is not reached") from None
+            finally:
+                await transport.close()
+
+    asyncio.run(main())
+
+
+def test_the_same_key_makes_one_sandbox(root_host: Host) -> None:
+    ids = {root_host.create(idempotency_key="k-1", timeout=30).id for _ in range(3)}
+    assert len(ids) == 1
+    root_host.sync("connect", ids.pop()).kill()
+
+
+# Trajectories
+
+
+def program(host: Host, name: str, upto: int = 99) -> list[Any]:
+    """A small task; run again it must do nothing twice."""
+    box = host.create(timeout=60, trajectory=name)
+    results: list[Any] = []
+    for step, command in enumerate(["echo a >> n; wc -l < n", "echo b >> n; wc -l < n", "cat n; exit 3"]):
+        if step >= upto:
+            break
+        results.append(box.commands.run(command, check=False))
+    if upto > 3:
+        box.files.write("out", "x")
+        results.append(box.files.read("out"))
+    return results
+
+
+def test_a_program_run_again_is_replayed_not_repeated(own: Host) -> None:
+    first = program(own, "t/1")
+    assert [r.replayed for r in first[:3]] == [False] * 3
+    again = program(own, "t/1")
+    assert [r.replayed for r in again[:3]] == [True] * 3 and again[3] == "x"
+    assert [(r.stdout, r.exit_code) for r in again[:3]] == [(r.stdout, r.exit_code) for r in first[:3]]
+    own.kill()
+    own.start()
+    third = program(own, "t/1")
+    assert [r.replayed for r in third[:3]] == [True] * 3
+    (info,) = own.sync("list")
+    assert own.sync("connect", info.id).commands.run("cat n").stdout == "a\nb\n", "nothing ran twice"
+
+
+def test_a_resumed_program_goes_on_where_it_stopped(own: Host) -> None:
+    program(own, "t/2", upto=1)
+    own.kill()
+    own.start()
+    results = program(own, "t/2")
+    assert [r.replayed for r in results[:3]] == [True, False, False] and results[1].stdout == "2\n"
+    box = own.create(timeout=60, trajectory="t/2")
+    with pytest.raises(Diverged):
+        box.commands.run("something else")
+
+
+def test_an_edge_killed_in_the_middle_of_a_command_finds_its_end(own: Host) -> None:
+    box = own.create(timeout=60, trajectory="t/3")
+
+    async def begin() -> None:
+        transport = own.transport()
+        stream = transport.stream("commands.run", {"id": box.id, "command": "echo x >> n; echo go; sleep 1; echo end"})
+        assert (await anext(stream))[0] == "stdout"
+        own.kill()
+        with pytest.raises(SandboxFailed):
+            await anext(stream)
+        await transport.close()
+
+    asyncio.run(begin())
+    own.start()
+    again = own.create(timeout=60, trajectory="t/3")
+    assert again.id == box.id
+    result = again.commands.run("echo x >> n; echo go; sleep 1; echo end")
+    assert (result.replayed and result.stdout == "go\nend\n") or (not result.replayed and result.stdout == "go\nend\n")
+    assert again.commands.run("cat n").stdout == "x\n", "it ran exactly once"
+
+
+def test_lost_files_are_not_pretended(own: Host) -> None:
+    program(own, "t/4", upto=2)
+    (info,) = own.sync("list")
+    own.sync("connect", info.id).kill()
+    box = own.create(timeout=60, trajectory="t/4")
+    assert box.commands.run("echo a >> n; wc -l < n").replayed
+    assert box.commands.run("echo b >> n; wc -l < n").replayed
+    with pytest.raises(StateLost):
+        box.commands.run("cat n")
+
+
+def test_a_snapshot_brings_the_files_back(own: Host) -> None:
+    box = own.create(timeout=60, trajectory="t/5")
+    box.commands.run("echo a >> n")
+    box.log_snapshot()
+    box.kill()
+    again = own.create(timeout=60, trajectory="t/5")
+    assert again.commands.run("echo a >> n").replayed
+    assert again.commands.run("cat n").stdout == "a\n"
+    again.kill()
+    with pytest.raises((OutcomeUnknown, StateLost)):
+        third = own.create(timeout=60, trajectory="t/5")
+        third.commands.run("echo a >> n")
+        third.commands.run("cat n")
+        third.commands.run("echo after the snapshot nothing is recorded >> n")

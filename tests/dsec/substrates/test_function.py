@@ -1,0 +1,125 @@
+"""Function calls: what each variant gives, and, as asserting tests, what it does not stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsec.errors import InvalidRequest, NotFound, SandboxFailed, Timeout
+from dsec.substrates.function import LEVELS, Functions
+from dsec.types import Spec
+from tests.dsec.conftest import IS_ROOT, Host
+
+
+def run(variant: str, body: Callable[[Functions], Any], **spec: Any) -> Any:
+    async def main() -> Any:
+        functions = Functions(variant, Spec(substrate="function", **spec))
+        try:
+            return await asyncio.wait_for(body(functions), 60)
+        finally:
+            await functions.destroy()
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("variant", LEVELS)
+def test_values_errors_and_deaths(variant: str) -> None:
+    async def body(box: Functions) -> None:
+        code = "def main(a, *, b=1):\n    return {'sum': a + b, 'text': 'é'}"
+        assert await box.call(code, [1], {"b": 2}, 10) == {"sum": 3, "text": "é"}
+        with pytest.raises(SandboxFailed, match="ZeroDivisionError"):
+            await box.call("def main(): return 1 / 0", [], {}, 10)
+        with pytest.raises(SandboxFailed, match="ended"):
+            await box.call("import os\ndef main(): os._exit(3)", [], {}, 10)
+        with pytest.raises(NotFound, match="no function"):
+            await box.call("nobody:nothing", [], {}, 10)
+        with pytest.raises(SandboxFailed, match="not JSON"):
+            await box.call("def main(): return object()", [], {}, 10)
+        start = time.monotonic()
+        with pytest.raises(Timeout):
+            await box.call("def main():\n    while True: pass", [], {}, 0.3)
+        assert time.monotonic() - start < 1.3
+        assert await box.call("def main(): return 5", [], {}, 10) == 5
+        assert await asyncio.gather(*(box.call("def main(i): return i", [i], {}, 20) for i in range(20))) == list(
+            range(20)
+        )
+
+    run(variant, body)
+
+
+STATE = "import builtins\ndef main():\n    builtins.seen = getattr(builtins, 'seen', 0) + 1\n    return builtins.seen"
+
+
+def test_only_resident_calls_see_each_other() -> None:
+    async def twenty(box: Functions) -> int:
+        return max([await box.call(STATE, [], {}, 10) for _ in range(20)])
+
+    assert run("resident", twenty) > 1, "level 0: nothing separates two calls"
+    assert run("forked", twenty) == 1
+    assert run("namespaced", twenty) == 1
+
+
+@pytest.mark.parametrize("variant", ["forked", "namespaced"])
+def test_what_a_child_cannot_do(variant: str) -> None:
+    async def body(box: Functions) -> None:
+        if IS_ROOT:
+            assert await box.call("import os\ndef main(): return os.getuid()", [], {}, 10) != 0
+        core = "def main():\n    open('/proc/sys/kernel/core_pattern', 'r+').write('')"
+        with pytest.raises(SandboxFailed, match=r"PermissionError|Read-only"):
+            if not IS_ROOT or os.getuid() == 0:
+                await box.call(core, [], {}, 10)
+        with pytest.raises(SandboxFailed, match="MemoryError"):
+            await box.call("def main(): return len(bytearray(1 << 30))", [], {}, 20)
+        status = await box.call("def main(): return open('/proc/self/status').read()", [], {}, 10)
+        assert "NoNewPrivs:\t1" in status and "CapEff:\t0000000000000000" in status
+        orphans = "import os, time\ndef main():\n    if os.fork() == 0:\n        time.sleep(60)\n    return os.getpid()"
+        await box.call(orphans, [], {}, 10)
+
+    run(variant, body, memory=256)
+
+
+def test_only_namespaced_calls_have_no_network_and_a_filter() -> None:
+    look = "def main(): return [open('/proc/net/dev').read().count(':'), open('/proc/self/status').read()]"
+    devices, status = run("namespaced", lambda box: box.call(look, [], {}, 10))
+    assert devices <= 1 and "Seccomp:\t2" in status
+    mount = (
+        "import ctypes\ndef main(): return ctypes.CDLL(None, use_errno=True).mount(b'x', b'/mnt', b'tmpfs', 0, None)"
+    )
+    assert run("namespaced", lambda box: box.call(mount, [], {}, 10)) == -1
+
+
+def test_what_no_variant_stops(tmp_path: Path) -> None:
+    """Honesty: a function reads what everybody on the host may read. This is why its level is at most 1."""
+    folder = Path("/var/tmp") if os.access("/var/tmp", os.W_OK) else tmp_path
+    canary = folder / f"dsec-canary-{os.getpid()}"
+    canary.write_text("public")
+    canary.chmod(0o644)
+    try:
+        for variant in LEVELS:
+            code = f"def main(): return open({str(canary)!r}).read()"
+            assert run(variant, lambda box, code=code: box.call(code, [], {}, 10)) == "public"  # type: ignore[misc]
+    finally:
+        canary.unlink()
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def test_through_the_sdk(root_host: Host) -> None:
+    with root_host.create(substrate="function", image="resident") as box:
+        assert box.get_info().isolation == 0
+        assert box.call(square, 12) == 144
+        assert box.call("def main(a, b): return a + b", 1, b=2) == 3
+        with pytest.raises(InvalidRequest, match="commands"):
+            box.commands.run("true")
+    with root_host.create(substrate="function", isolation_min=1) as box:
+        assert box.get_info().isolation == 1
+    with pytest.raises(InvalidRequest, match="variant"):
+        root_host.create(substrate="function", image="python")
