@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,7 @@ from dsv4.data.tasks import (
     verify_call,
 )  # fmt: skip
 from dsv4.data.tasks.chat import TERMS
+from dsv4.data.tasks.drills import DRILLS, drill
 from dsv4.text import Tokenizer, parse, render, train_tokenizer
 
 
@@ -231,10 +233,41 @@ def test_all_kinds_of_samples_occur() -> None:
     bodies = list(training_requests(1, 600))
     assert {b.get("reasoning_effort", "non-think") for b in bodies} == set(MODES)
     assert 5 < sum("tools" in b for b in bodies) < 40
+    assert 100 < sum(sum(m["role"] == "user" for m in b["messages"]) > 1 for b in bodies) < 300  # several turns
     assert sum(b["messages"][0]["role"] == "system" for b in bodies) > 30
     said = [m["content"] for b in bodies for m in b["messages"] if m["role"] == "assistant"]
     assert any("DeepSeek-V4" in s for s in said) and any(s in TERMS.values() for s in said)
-    assert {b.get("reasoning_effort", "non-think") for b in training_requests(1, 60, {"high": 1.0})} == {"high"}
+    drills = [b for b in bodies if b["messages"][0]["content"].startswith("Practise ")]
+    assert 40 < len(drills) < 110
+    modes = {b.get("reasoning_effort", "drill") for b in training_requests(1, 60, {"high": 1.0})}
+    assert modes == {"high", "drill"}
+
+
+def test_drills_are_true() -> None:
+    """Every line of every drill, judged by other means than those that wrote it."""
+    judges: dict[str, Callable[[str], bool]] = {
+        "sums": lambda line: eval(line.split("=")[0]) == int(line.split("=")[1]),
+        "differences": lambda line: (
+            eval(line.split("=")[0]) == int(line.split("=")[1][0]) - 10 * int(line.rsplit("b", 1)[1])
+        ),
+        "products": lambda line: eval(line.split("=")[0]) == int(line.split("=")[1]),
+        "running sums": lambda line: eval(line.replace("=", "==")),
+        "reversed numbers": lambda line: list(line.split()[0]) == list(reversed(line.split()[1])),
+        "order": lambda line: eval(line.replace("=", "==")),
+        "spelling": lambda line: line.split(": ")[1].replace(" ", "") == line.split(": ")[0],
+        "joining letters": lambda line: line.split(": ")[0].split(" ") == list(line.split(": ")[1]),
+        "spelling backwards": lambda line: line.split(", ")[0].split(" ")[::-1] == line.split(", ")[1].split(" "),
+        "odd and even": lambda line: (int(line.split()[0][-1]) in (1, 3, 5, 7, 9)) == (line.split()[1] == "odd"),
+    }
+    seen = set()
+    for number in range(200):
+        asked, answer = drill(random.Random(number))["messages"]
+        name = asked["content"].removeprefix("Practise ").split(",")[0]
+        lines = answer["content"].split("\n")
+        assert asked["content"].endswith(f", {len(lines)} lines.")
+        assert all(judges[name](line) for line in lines), (name, lines)
+        seen.add(name)
+    assert seen == set(judges) == set(DRILLS)
 
 
 def test_calculator_calls_are_judged_by_their_expression() -> None:

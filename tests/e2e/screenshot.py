@@ -23,15 +23,14 @@ def main(model: str, folder: str) -> None:
         for dark in (False, True):
             with Browser(url, width=900, height=840, dark=dark) as page:
                 page.until("model.id")
-                for turn, (text, calculator) in enumerate((("What is 47 + 85?", False), ("What is 38 * 64?", True))):
-                    if calculator:
-                        page.click("#calculator")
+                for turn, (text, calculator) in enumerate((("What is 38 * 64?", True), ("What is 47 + 85?", False))):
+                    page.click("#calculator")  # on for the first turn, off again for the second
                     page.click("#input")
                     page.type(text)
                     page.press("Enter")
                     page.until(f"{IDLE} && document.querySelectorAll('.foot').length > {turn}", 300)
                     if not calculator:
-                        page.click("summary")
+                        page.evaluate("[...document.querySelectorAll('summary')].at(-1).click()")
                 page.evaluate("document.querySelector('main').scrollTop = 0")
                 page.screenshot(Path(folder, f"chat{'-dark' * dark}.png"))
                 assert page.complaints == [], page.complaints

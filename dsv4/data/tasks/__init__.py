@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ RARE = {"calculator": 0.35}
 
 CHAT_SHARE = 0.1
 DRILL_SHARE = 0.12
+FOLLOW_SHARE = 0.3
 SYSTEM_SHARE = 0.1
 _SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant", "Be brief.", "Answer briefly.")
 
@@ -55,11 +57,23 @@ def training_requests(seed: int, count: int, modes: Mapping[str, float] = MODE_S
             family = FAMILIES[rng.choices(names, weights)[0]]
             (level,) = rng.choices(list(LEVEL_WEIGHTS), list(LEVEL_WEIGHTS.values()))
             body = family.sample(rng, level).training_request(mode)
-            if rng.random() < CHAT_SHARE and "tools" not in body:  # a task in the midst of a conversation
-                body["messages"] = conversation(rng, "non-think")["messages"] + body["messages"]
+            if rng.random() < FOLLOW_SHARE:
+                body["messages"] = _before(rng, family, mode, "tools" in body) + body["messages"]
         if rng.random() < SYSTEM_SHARE:
             body["messages"] = [{"role": "system", "content": rng.choice(_SYSTEMS)}, *body["messages"]]
         yield body
+
+
+def _before(rng: random.Random, family: Family, mode: str, tools: bool) -> list[dict[str, Any]]:
+    """What was said before a task: small talk, or easier tasks and their answers (with their calls, for a tool's)."""
+    if not tools and rng.random() < 0.3:
+        return list(conversation(rng, "non-think")["messages"])
+    messages: list[dict[str, Any]] = []
+    others = [family] if tools else [f for name, f in FAMILIES.items() if name not in RARE]
+    for _ in range(1 if tools else rng.choice((1, 1, 2, 3))):
+        item = rng.choice(others).sample(rng, rng.choice((1, 1, 2)))
+        messages += item.training_request(mode if tools else "non-think")["messages"]
+    return messages
 
 
 def sft_samples(
