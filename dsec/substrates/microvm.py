@@ -365,10 +365,11 @@ class VirtualMachine:
         """Waits until a booting machine's agent and services are up, and warms what every command needs."""
         try:
             async with asyncio.timeout(deadline):
-                either: set[asyncio.Future[Any]] = {self.agent.hello, self.machine.end}
+                either: set[asyncio.Future[Any]] = {self.agent.hello, self.agent.failed}
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if self.machine.end.done():
-                    raise SandboxFailed(f"it did not boot: {self.machine.end.result()}")
+                if self.agent.failed.done():
+                    await self.died()
+                    raise SandboxFailed(f"it did not boot; {await self._console()}")
                 commands: list[str | list[str]] = ["true"]
                 if self.point.root.boot == "systemd":
                     commands.insert(0, ["systemctl", "is-system-running", "--wait"])

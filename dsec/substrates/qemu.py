@@ -121,9 +121,9 @@ class Machine:
     agent: int | None = None
     """The agent's program, for a disk image to pick up from firmware configuration as opt/dsec/agent."""
 
-    def argv(self, qmp: int, port: int, state: int) -> tuple[list[str], list[int]]:
+    def argv(self, qmp: int, port: int, state: int, log: int) -> tuple[list[str], list[int]]:
         """The command line, and the descriptors it names. `qmp` and `port` are listening unix sockets, `state` the file
-        that device state will be saved to."""
+        that device state will be saved to, `log` the one that a booting machine's console goes to."""
         fds = [qmp, port, state, self.ram.fd]
         accel = (
             "kvm" if self.accel == "kvm" else f"tcg,thread={'multi' if self.cpus > 1 else 'single'},tb-size={self.code}"
@@ -138,7 +138,13 @@ class Machine:
         args += ["-chardev", f"socket,id=qmp,fd={qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
         args += ["-chardev", f"socket,id=agent,fd={port},server=on,wait=off", "-device", "virtio-serial-pci"]
         args += ["-device", "virtserialport,chardev=agent,name=dsec.agent", "-add-fd", f"fd={state},set={_STATE}"]
-        args += ["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]
+        if self.device is None:  # only our own boot code speaks there before the machine is cloned
+            console = f"file,id=console,path=/dev/fdset/{_STATE - 1},append=on"
+            args += ["-add-fd", f"fd={log},set={_STATE - 1}"]
+            fds.append(log)
+        else:
+            console = "ringbuf,id=console,size=65536"
+        args += ["-chardev", console, "-serial", "chardev:console"]
         args += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"]
         # Device state is saved without the memory, and without the section that says how it was configured.
         args += ["-global", "migration.send-configuration=off"]
@@ -242,7 +248,7 @@ class Qemu:
             state = os.open(folder / "device", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, state)
             log = stack.enter_context((folder / "log").open("wb"))
-            command, fds = machine.argv(qmp.fileno(), port.fileno(), state)
+            command, fds = machine.argv(qmp.fileno(), port.fileno(), state, log.fileno())
             walls = [str(confine), "--files", str((files + 16) << 20)]
             walls += [part for path in (group.folders if group else []) for part in ("--cgroup", str(path))]
             walls += ["--uid", str(group.base)] if group is not None and os.geteuid() == 0 else []
@@ -275,10 +281,8 @@ class Qemu:
         """Why it ended: what we killed it for, QEMU's last words, or that it was switched off."""
         if self.blame:
             return self.blame
-        with contextlib.suppress(OSError):
-            lines = (self.folder / "log").read_text(errors="replace")[-500:].strip().splitlines()
-            if lines:
-                return lines[-1]
+        if lines := self._log().splitlines():
+            return lines[-1]
         killed = self.group is not None and self.group.stats().oom_kills
         return "QEMU ran out of its memory" if killed else "the machine is off"
 
@@ -292,11 +296,19 @@ class Qemu:
 
     async def console(self) -> str:
         """The last lines the guest wrote to its console, for error messages; "" when QEMU does not tell."""
+        if text := self._log():
+            return text
         try:
             text = await (await self.qmp()).execute("ringbuf-read", 2.0, device="console", size=65536)
         except (SandboxFailed, Timeout):
             return ""
-        return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text)[-2000:]).strip()
+        return _printable(str(text))
+
+    def _log(self) -> str:
+        """The end of what QEMU said, and while it boots, its guest."""
+        with contextlib.suppress(OSError):
+            return _printable((self.folder / "log").read_bytes()[-2000:].decode(errors="replace"))
+        return ""
 
     def save_memory(self, target: Path) -> None:
         """Copies a stopped machine's memory, as it sees it, into the sparse file `target`: what it shares with its
@@ -353,6 +365,10 @@ def started(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text[-2000:]).strip()
 
 
 def _link(path: Path) -> str:
