@@ -111,7 +111,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/v1/sandboxes")
     async def listed(user: User, state: str = "") -> Any:
-        return {"sandboxes": await service.list(user.project, None, state.split(",") if state else None)}
+        return {"sandboxes": await service.listing(user.project, None, state.split(",") if state else None)}
 
     @app.get("/v1/sandboxes/{id}")
     async def info(id: str, user: User) -> Any:
@@ -196,6 +196,10 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v1/fleet")
     async def fleet(user: Admin) -> Any:
         return await service.fleet()
+
+    @app.get("/v1/fleet/{id}/steps")
+    async def steps(id: str, user: Admin) -> Any:
+        return {"steps": await service.steps(id)}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -296,7 +296,7 @@ class Service:
             spec = args["spec"] if isinstance(args.get("spec"), dict) else {}
             return (await self.create(project, Spec.from_dict(spec))).as_dict(), b""
         if op == "list":
-            return {"sandboxes": await self.list(project, args.get("metadata"), args.get("state"))}, b""
+            return {"sandboxes": await self.listing(project, args.get("metadata"), args.get("state"))}, b""
         if op not in EDGE_OPS or not isinstance(args.get("id"), str):
             raise NotFound(f"no operation {op!r} of a sandbox")
         row = await self.row(project, args["id"])
@@ -358,7 +358,7 @@ class Service:
                 raise one
         return forks
 
-    async def list(
+    async def listing(
         self, project: str, metadata: dict[str, str] | None, state: list[str] | None
     ) -> list[dict[str, Any]]:
         wanted = (metadata or {}).items()
@@ -398,6 +398,29 @@ class Service:
             "waiting": self.control.queue.waiting(),
             "now": time.time(),
         }
+
+    async def steps(self, id: str) -> list[dict[str, Any]]:
+        """One sandbox's trajectory for the page: step, what, result, seconds, output (cut)."""
+        rows = await self._read(self.store.sandboxes, None, True, 5000)
+        row = next((each for each in rows if each.id == id), None)
+        if row is None:
+            raise NotFound(f"no sandbox {id!r}")
+        answer, _ = await self._link(row.edge).call("cluster.steps", {"id": id})
+        shown = []
+        for step in answer["steps"]:
+            args, result = step["args"], step.get("result", {})
+            what = next((args[name] for name in ("command", "path", "function") if name in args), "")
+            output = str(result.get("stdout", "")) + str(result.get("stderr", ""))
+            shown.append(
+                {
+                    "step": step["step"],
+                    "what": f"{step['kind']} {what if isinstance(what, str) else ' '.join(what)}"[:300],
+                    "result": f"exit {result['exit_code']}" if "exit_code" in result else step["state"],
+                    "seconds": step.get("seconds"),
+                    "output": output[:2000],
+                }
+            )
+        return shown
 
     async def state(self) -> bool:
         """Does the store answer, and is any Edge up?"""

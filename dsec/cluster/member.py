@@ -33,6 +33,8 @@ class Member:
         self.rate = rate or StartRate(clock.monotonic())
         self.running: dict[str, Budget] = {}
         self.images: set[str] = set()
+        self.notes: dict[str, Any] = {}
+        """More figures for the report, for people."""
         self._store, self._clock, self._lock = store, clock, threading.RLock()
         self._used = Budget(0)
         self._seq = 0
@@ -140,7 +142,7 @@ class Member:
         with self._lock:
             self.rate.adjust(pressure)
             self._seq += 1
-            report = encode(self.report())
+            report = encode(self.report()) | self.notes
         try:
             self.lease.renew(report)
         except Fenced:

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,39 @@ class Node:
                 print(f"{self.place.id}: {type(error).__name__}: {error}", flush=True)
             await asyncio.sleep(seconds)
 
+    def _commit_time(self) -> float:
+        """Seconds that a commit on the log's disk takes now: what the next command waits for, twice."""
+        path = self.edge.home / "log" / ".probe"
+        path.parent.mkdir(exist_ok=True)
+        began = time.monotonic()
+        with path.open("wb") as probe:
+            probe.write(b"\0" * 512)
+            probe.flush()
+            os.fdatasync(probe.fileno())
+        return time.monotonic() - began
+
+    async def _steps(self, id: str) -> dict[str, Any]:
+        """The trajectory of a sandbox, for the fleet page."""
+        from dsec.trajectory.log import LogReader
+        from dsec.trajectory.show import steps
+
+        spec = self.boxes[id].spec
+        if spec.trajectory is None:
+            return {"steps": []}
+
+        def read() -> list[dict[str, Any]]:
+            log = LogReader(self.edge.home / "log")
+            try:
+                return list(steps(log, log.branch(str(spec.trajectory), spec.branch), results=True))
+            finally:
+                log.close()
+
+        return {"steps": await asyncio.to_thread(read)}
+
     async def _beat(self) -> None:
         """Renews; or, the lease being over, destroys everything before it joins anew. Between two renewals nothing
         may outlive the lease either: the next one is due long before (2 * renew <= fence)."""
+        self.member.notes = {"log_lag": await asyncio.to_thread(self._commit_time)}
         doomed = await asyncio.to_thread(self.member.heartbeat, pressure())
         if doomed or self.member.lease.left() <= 0:
             await self._destroy(dict.fromkeys(doomed, "lost"))
@@ -141,6 +172,8 @@ class Node:
             return await self.begin(Row(**args["row"] | {"budget": Budget(**args["row"]["budget"])}))
         if op == "cluster.stop":
             return await self._stop(args["id"], args.get("reason", "killed"), args.get("notice", 0.0)), b""
+        if op == "cluster.steps":
+            return await self._steps(args["id"]), b""
         self.member.lease.check()
         answer, out = await self.edge.call(op, self._inward(args), data)
         self.member.lease.check()  # it may have taken long
