@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.cpu.library import call, library, parallel, parts_of
+from dsv4.kernels.cpu.library import call, library, parallel, parts_of, run
 
 
 def usable(q: Tensor) -> bool:
@@ -124,4 +124,4 @@ def joint_attention(
     q: Tensor, near: Tensor, near_mask: Tensor, far: Tensor | None, far_mask: Tensor | None, sink: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """See the reference of the same name; the returned probabilities have q's dtype."""
-    return _Joint.apply(q.contiguous(), near, near_mask, far, far_mask, sink, scale)
+    return run(_Joint, q.contiguous(), near, near_mask, far, far_mask, sink, scale)

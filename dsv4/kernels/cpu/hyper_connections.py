@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.cpu.library import call, library, parallel, parts_of
+from dsv4.kernels.cpu.library import call, library, parallel, parts_of, run
 
 
 def usable(streams: Tensor) -> bool:
@@ -138,9 +138,9 @@ def hc_enter(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the reference of the same name."""
-    return _Enter.apply(streams, fn.contiguous(), base, scale, iterations, rms_eps, eps)
+    return run(_Enter, streams, fn.contiguous(), base, scale, iterations, rms_eps, eps)
 
 
 def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See the reference of the same name."""
-    return _Leave.apply(streams, y.to(streams.dtype), post, comb)
+    return run(_Leave, streams, y.to(streams.dtype), post, comb)

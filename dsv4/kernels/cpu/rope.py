@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.cpu.library import call, library, parallel, parts_of
+from dsv4.kernels.cpu.library import call, library, parallel, parts_of, run
 
 
 def usable(x: Tensor) -> bool:
@@ -62,9 +62,9 @@ class _Rotate(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See the reference of the same name."""
-    return _Norm.apply(x, weight, eps)
+    return run(_Norm, x, weight, eps)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """See the reference of the same name; angles must cover x's rows, or each serve a run of consecutive rows."""
-    return _Rotate.apply(x, angles)
+    return run(_Rotate, x, angles)
