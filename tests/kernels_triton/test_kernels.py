@@ -1,0 +1,257 @@
+"""Each Triton kernel against its specification, on a CUDA device or in Triton's interpreter.
+
+The interpreter shows that the logic is right; what it cannot show is in test_compiled.py (it compiles) and
+benchmarks/triton_kernels.py (it runs, on a device).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv4 import numerics
+from dsv4.kernels import reference
+from dsv4.kernels import triton as ours
+
+pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton)")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+FORMS = st.sampled_from([numerics.FP4, numerics.FP8, numerics.FP8_BASE])
+few = settings(max_examples=6)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def near(result: Tensor, wanted: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
+    """Within 1e-6 of the largest float64 value, or so many roundings of it to bf16."""
+    bound = 2e-6 if dtype == torch.float32 else roundings * 2**-8
+    error = (result.double() - wanted).abs().max()
+    assert error <= bound * wanted.abs().max().clamp(min=1), (error, wanted.abs().max())
+
+
+def packed(shape: tuple[int, ...], form: numerics.Format, seed: int, spread: int = 14) -> numerics.Packed:
+    """Random bytes, so that every code occurs, and scales of many sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    elements = torch.randint(256, form.packed(shape), generator=generator, dtype=torch.uint8)
+    if form.per_byte == 1:
+        elements[(elements & 127) == 127] = 0  # NaN
+    scale = torch.randint(127 - spread // 2, 127 + spread // 2, form.scales(shape), generator=generator).to(torch.uint8)
+    if form.scale == "F32":
+        scale = (scale.int() << 23).view(torch.float32)
+    return numerics.Packed(elements, scale, form).to(DEVICE)
+
+
+@few
+@given(st.integers(1, 20), st.integers(1, 300), DTYPES)
+def test_rounding_to_fp8(rows: int, width: int, dtype: torch.dtype) -> None:
+    """To the bit: ties, subnormals, blocks at the edge, maxima at both sides of 448 times a power of two."""
+    x = normal(rows, width) * torch.logspace(-7, 5, rows, device=DEVICE)[:, None]
+    x[0, 0], x[-1, -1], x[rows // 2, width // 2] = 448 * 2**-6, 0, 450.0
+    x[:, ::3] = x[:, ::3].to(torch.float8_e4m3fn).float() * 1.0625  # 17/16: a tie between two FP8 numbers
+    x = x.nan_to_num(0).to(dtype)
+    assert torch.equal(ours.linear.rounded(x).float(), numerics.rounded(x.float(), numerics.ACTIVATION))
+
+
+@few
+@given(st.integers(1, 80), st.integers(1, 150), st.integers(1, 5), st.integers(0, 63), FORMS, DTYPES)
+def test_packed_linear(rows: int, out: int, chunks: int, more: int, form: numerics.Format, dtype: torch.dtype) -> None:
+    """FP4 and FP8 weights as they are stored, against their exact values in float64; inputs rounded alike."""
+    width = 64 * chunks + (more // 2 * 2)
+    x, w = normal(rows, width, dtype=dtype), packed((out, width), form, rows)
+    ours_ = ours.linear.packed_linear(x, w)
+    seen, values = numerics.rounded(x.float(), numerics.ACTIVATION).double(), w.dequantise().double()
+    wanted, largest = seen @ values.T, seen.abs() @ values.abs().T  # cancellation costs digits
+    assert ours_.dtype == dtype
+    bound = 1e-6 * largest + (0 if dtype == torch.float32 else 2**-8) * wanted.abs()
+    assert ((ours_.double() - wanted).abs() <= bound + 1e-30).all()
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 140), FORMS, DTYPES)
+def test_packed_groups_do_not_round_their_input(
+    rows: int, groups: int, out: int, form: numerics.Format, dtype: torch.dtype
+) -> None:
+    """As the output projection's wo_a is used; blocks of scales may cross groups."""
+    x, w = normal(rows, groups, 96, dtype=dtype), packed((groups * out, 96), form, rows)
+    wanted = torch.einsum("mgk,gnk->mgn", x.double(), w.dequantise().double().view(groups, out, 96))
+    near(ours.linear.grouped_linear(x, w), wanted, dtype)
+
+
+@few
+@given(st.integers(1, 70), st.integers(1, 3), st.integers(1, 70), st.integers(1, 150), DTYPES, st.booleans())
+def test_linear(rows: int, groups: int, out: int, width: int, dtype: torch.dtype, wide: bool) -> None:
+    x, w = normal(rows, groups, width, dtype=dtype), normal(groups, out, width, seed=1, dtype=dtype)
+    y = ours.linear.grouped_linear(x, w.flatten(0, 1), wide)
+    assert y.dtype == (torch.float32 if wide else dtype)
+    near(y, torch.einsum("mgk,gnk->mgn", x.double(), w.double()), torch.float32 if wide else dtype)
+
+
+@few
+@given(st.integers(1, 90), st.integers(1, 70), st.integers(1, 90), st.integers(1, 6), DTYPES)
+def test_experts(rows: int, inner: int, width: int, experts: int, dtype: torch.dtype) -> None:
+    """Some experts get many rows, some none."""
+    shapes = [(rows, width), (experts, inner, width), (experts, width, inner), (experts, inner, width)]
+    x, w1, w2, w3 = ((normal(*s, seed=i) * s[-1] ** -0.5).to(dtype) for i, s in enumerate(shapes))
+    generator = torch.Generator().manual_seed(rows)
+    chosen = torch.rand(rows, experts, generator=generator).argsort(1)[:, : min(2, experts)].to(DEVICE)
+    chosen[rows // 2 :] = chosen[:1]
+    weights = torch.rand(chosen.shape, generator=generator).to(DEVICE)
+    result = ours.experts.routed_experts(x, chosen, weights, w1, w2, w3, 0.3)
+    wide = [t.double() for t in (x, w1, w2, w3)]
+    near(result, reference.routed_experts(wide[0], chosen, weights.double(), *wide[1:], 0.3), dtype, 2)
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 4), FORMS)
+def test_packed_experts(rows: int, choices: int, form: numerics.Format) -> None:
+    """Against the specification; an input of the second product may fall on the other side of a rounding edge."""
+    shapes = [(6, 160, 96), (6, 96, 160), (6, 160, 96)]
+    stacks = [packed(shape, form, i, spread=4) for i, shape in enumerate(shapes)]
+    x = normal(rows, 96, seed=rows, dtype=torch.bfloat16)
+    experts = torch.rand(rows, 6, generator=torch.Generator().manual_seed(rows)).argsort(1)[:, :choices].to(DEVICE)
+    weights = normal(rows, choices).abs()
+    result = ours.experts.packed_experts(x, experts, weights, *stacks, 7.0)
+    wanted = numerics.packed_experts(x, experts, weights, *stacks, 7.0)
+    assert (result - wanted).abs().mean() <= 2**-9 * wanted.abs().mean()
+    assert (result - wanted).abs().max() <= 2**-5 * wanted.abs().max()
+
+
+def spread(tokens: int, entries: int) -> tuple[Tensor, Tensor]:
+    """low and high int64 [2, T] of ranges that grow, as visibility does; some are empty."""
+    high = torch.stack([torch.linspace(0, entries, tokens).long(), torch.full((tokens,), entries)]).to(DEVICE)
+    return high // 3, high
+
+
+@few
+@given(
+    st.integers(1, 9), st.integers(1, 150), st.integers(1, 11), st.sampled_from([2, 6, 64]), st.integers(1, 30), DTYPES
+)
+def test_choice(tokens: int, entries: int, heads: int, dim: int, k: int, dtype: torch.dtype) -> None:
+    """Against a stable sort of float64 scores; small whole numbers, so that ties are plenty and exact."""
+    generator = torch.Generator().manual_seed(tokens * entries)
+    q = torch.randint(-2, 3, (2, tokens, heads, dim), generator=generator).to(DEVICE, dtype)
+    keys = torch.randint(-2, 3, (2, entries + 5, dim), generator=generator).to(DEVICE, dtype)[:, :entries]  # a view
+    weights = torch.randint(-1, 3, (2, tokens, heads), generator=generator).float().to(DEVICE)
+    low, high = spread(tokens, entries)
+    chosen, count = ours.attend.choose(q, weights, keys, low, high, k)
+    dots = torch.einsum("bthd,bed->bthe", q.double(), keys.double()).relu()
+    scores = torch.einsum("bth,bthe->bte", weights.double(), dots)
+    assert chosen.dtype == count.dtype == torch.int32
+    for b in range(2):
+        for t in range(tokens):
+            seen = scores[b, t, low[b, t] : high[b, t]]
+            best = seen.sort(descending=True, stable=True).indices[:k].sort().values + low[b, t]
+            assert chosen[b, t, : count[b, t]].tolist() == best.tolist()
+
+
+def test_a_long_choice_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of few queries at a time; more entries than one step collects."""
+    q, keys, weights = normal(2, 3, 4, 8), normal(2, 2500, 8, seed=1), normal(2, 3, 4, seed=2)
+    low, high = spread(3, 2500)
+    whole = ours.attend.choose(q, weights, keys, low, high, 7)
+    monkeypatch.setattr(ours.attend, "_SCRATCH_FLOATS", 4 * 2500)
+    part = ours.attend.choose(q, weights, keys, low, high, 7)
+    scores = torch.einsum("bth,bthe->bte", weights, torch.einsum("bthd,bed->bthe", q, keys).relu())
+    assert torch.equal(whole[1], part[1])
+    for b, t in ((0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
+        best = scores[b, t, low[b, t] : high[b, t]].topk(7).indices.sort().values + low[b, t]
+        assert whole[0][b, t].tolist() == part[0][b, t].tolist() == best.tolist()
+
+
+@few
+@given(
+    st.integers(1, 9), st.integers(0, 90), st.integers(1, 20), st.sampled_from([2, 6, 64, 96]), st.integers(0, 30),
+    DTYPES,
+)  # fmt: skip
+def test_attention(tokens: int, entries: int, heads: int, dim: int, k: int, dtype: torch.dtype) -> None:
+    """Window rows, entries (all or chosen) and the sink, against a float64 softmax over exactly those rows."""
+    q, rows_near = normal(2, tokens, heads, dim, dtype=dtype), normal(2, tokens + 40, dim, seed=1, dtype=dtype)
+    far, sink = normal(2, entries + 5, dim, seed=2, dtype=dtype)[:, :entries], normal(heads, seed=3)
+    to = torch.arange(40, tokens + 40, dtype=torch.int32, device=DEVICE).expand(2, -1)
+    start = (to - torch.tensor([[40], [3]], dtype=torch.int32, device=DEVICE)).clamp(min=0)
+    low, high = spread(tokens, entries)
+    picked = None
+    if k and entries:
+        picked = ours.attend.choose(q, normal(2, tokens, heads).abs(), far, low, high, k)
+    out = ours.attend.attend(q, rows_near, start, to, far if entries else None, low, high, picked, sink, 0.4)
+    for b in range(2):
+        for t in range(tokens):
+            rows = [rows_near[b, start[b, t] : to[b, t]]]
+            if picked is not None:
+                rows.append(far[b, picked[0][b, t, : picked[1][b, t]].long()])
+            else:
+                rows.append(far[b, low[b, t] : high[b, t]])
+            seen = torch.cat(rows).double()
+            logits = torch.cat((q[b, t].double() @ seen.T * 0.4, sink[:, None].double()), 1)
+            near(out[b, t], torch.softmax(logits, 1)[:, :-1] @ seen, dtype, roundings=2)
+
+
+@few
+@given(st.integers(1, 35), st.sampled_from([1, 7, 100, 600]), st.sampled_from([2, 3, 4]), DTYPES)
+def test_hyper_connections(rows: int, dim: int, n: int, dtype: torch.dtype) -> None:
+    """20 passes of the normalisation, each division with its eps, in float64."""
+    size = (2 + n) * n
+    site = [normal(size, n * dim, seed=1), normal(size, seed=2), normal(3, seed=3) * (n * dim) ** -0.5]
+    streams, y = normal(rows, n, dim, seed=4, dtype=dtype), normal(rows, dim, seed=5, dtype=dtype)
+    maps = ours.hyper_connections.hc_enter(streams, *site, 20, 1e-6, 1e-6)
+    wanted = exact_enter(streams, *site, 20, 1e-6, 1e-6)
+    for a, b, kind in zip(maps, wanted, (dtype, torch.float32, torch.float32)):
+        assert a.dtype == kind and a.shape == b.shape
+        near(a, b, kind)
+    left = ours.hyper_connections.hc_leave(streams, y, *maps[1:])
+    mixed = torch.einsum("mjk,mjd->mkd", maps[2].double(), streams.double())
+    near(left, maps[1].double()[..., None] * y.double()[:, None] + mixed, dtype)
+
+
+def exact_enter(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
+) -> list[Tensor]:
+    """Model card B.2, line by line, in float64."""
+    x, fn, base, scale = (t.double() for t in (streams, fn, base, scale))
+    n, v = x.shape[1], x.flatten(1)
+    u = (v * (v.square().mean(-1, keepdim=True) + rms_eps).rsqrt()) @ fn.T
+    pre = torch.sigmoid(scale[0] * u[:, :n] + base[:n]) + eps
+    post = 2 * torch.sigmoid(scale[1] * u[:, n : 2 * n] + base[n : 2 * n])
+    c = torch.softmax((scale[2] * u[:, 2 * n :] + base[2 * n :]).unflatten(1, (n, n)), -1) + eps
+    c = c / (c.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        c = c / (c.sum(-1, keepdim=True) + eps)
+        c = c / (c.sum(-2, keepdim=True) + eps)
+    return [torch.einsum("mj,mjd->md", pre, x), post, c]
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 3), st.sampled_from([(8, 4), (32, 3), (6, 3), (7, 2), (1500, 32)]), DTYPES)
+def test_norm_and_rotation(rows: int, heads: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    width, pairs = shape
+    x, weight = normal(2, rows, heads, width, dtype=dtype), normal(width, seed=1)
+    r = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+    near(ours.norm.rms_norm(x, weight, 1e-6), x.double() * r * weight.double(), dtype)
+    near(ours.norm.rms_norm(x, None, 1e-6), x.double() * r, dtype)
+    for lead in ((2, rows, 1), (rows, 1), (1, rows, 1), (2, rows, heads), (1, 1)):
+        turns = torch.rand((*lead, pairs), generator=torch.Generator().manual_seed(5)).to(DEVICE) * 7
+        angles = torch.polar(torch.ones_like(turns), turns)
+        for a in (angles, angles.conj()):
+            near(ours.norm.rotate(x, a), exact_rotation(x, a), dtype)
+    still = ours.norm.rotate(x, angles)[..., : width - 2 * pairs]
+    assert torch.equal(still, x[..., : width - 2 * pairs])
+
+
+def exact_rotation(x: Tensor, angles: Tensor) -> Tensor:
+    split = x.shape[-1] - 2 * angles.shape[-1]
+    pairs = torch.view_as_complex(x[..., split:].double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.cat((x[..., :split].double(), torch.view_as_real(pairs * angles).flatten(-2)), -1)
+
+
+@few
+@given(st.integers(1, 5), st.sampled_from([1, 3, 8, 128]), st.integers(1, 150))
+def test_pooling(entries: int, slots: int, dim: int) -> None:
+    kv, gate = normal(2, entries, slots, dim), normal(2, entries, slots, dim, seed=1) * 3
+    gate[:, 0, : slots // 2] = -torch.inf  # a first entry has no window before it
+    near(ours.compress.pool(kv, gate), (torch.softmax(gate.double(), 2) * kv.double()).sum(2), torch.float32)
