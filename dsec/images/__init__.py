@@ -11,13 +11,17 @@ async def lowers(home: Path, image: str) -> list[Path]:
 
     NotFound if there is no such image, ImageError if it cannot be built, verified or mounted.
     """
+    from dsec.errors import ImageError
     from dsec.images.debian import ensure
     from dsec.images.layers import Images
 
     def work() -> list[Path]:
         images = Images(home)
-        ensure(images, image)
-        return images.mount(image)
+        try:
+            ensure(images, image)
+            return images.mount(image)
+        except OSError as problem:
+            raise ImageError(f"image {image!r}: {problem}") from problem
 
     return await asyncio.to_thread(work)
 

@@ -72,7 +72,9 @@ def call(function: object, *arguments: object) -> None:
 
 
 def extract(image: Path, target: Path) -> None:
-    """Unpacks an EROFS file into a folder, for hosts that may not mount."""
-    done = subprocess.run(["fsck.erofs", f"--extract={target}", str(image)], capture_output=True, text=True)
+    """Unpacks an EROFS file into a folder that is made, for users who may not mount; modes are kept."""
+    program = shutil.which("fsck.erofs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "fsck.erofs"
+    command = [program, f"--extract={target}", "--preserve-perms", str(image)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ImageError(f"fsck.erofs could not unpack {image}: {done.stderr[-400:]}")

@@ -240,6 +240,7 @@ class Images:
                 for suffix in ("erofs", "json", "trace"):
                     (self.folder / "layers" / f"{digest}.{suffix}").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / "lazy" / digest, ignore_errors=True)
+                shutil.rmtree(self.folder / "folders" / digest, ignore_errors=True)
         return dropped
 
     # Mounting
@@ -247,9 +248,23 @@ class Images:
     def mount(self, name: str) -> list[Path]:
         """The image's layers as folders, top first, as overlayfs wants its lower folders; mounted if they are not yet.
 
-        A layer that is here in whole is mounted from its file, any other from one that fetches what is read.
+        A layer that is here in whole is mounted from its file, any other from one that fetches what is read. An
+        ordinary user may not mount: for them the image is fetched in whole and unpacked.
         """
-        return [self._mount(digest) for _, digest, _ in reversed(self.get(name).layers)]
+        digests = [digest for _, digest, _ in reversed(self.get(name).layers)]
+        if os.geteuid() == 0:
+            return [self._mount(digest) for digest in digests]
+        self.pull(name)
+        return [self._unpacked(digest) for digest in digests]
+
+    def _unpacked(self, digest: str) -> Path:
+        target = self.folder / "folders" / digest
+        with self._locked(digest), self._scratch() as scratch:
+            if not target.exists():
+                erofs.extract(self.file(digest), scratch / "root")
+                target.parent.mkdir(exist_ok=True)
+                os.rename(scratch / "root", target)
+        return target
 
     def _mount(self, digest: str) -> Path:
         target = self.folder / "mounts" / digest

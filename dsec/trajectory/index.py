@@ -10,7 +10,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from dsec.trajectory.segment import LogFull, Place, limits, scan
+from dsec.trajectory.segment import LogFull, Place, limits, scan, segments
 
 TABLES = """
 create table if not exists segment (shard text, name text, end integer, primary key (shard, name)) without rowid;
@@ -25,10 +25,11 @@ class Index:
 
     def __init__(self, shards: Path, own: str | None, file: Path | str = ":memory:") -> None:
         self.shards, self.own = shards, own
+        self._since: dict[str, str] = {}
         self.database = sqlite3.connect(file, isolation_level=None)
         self.database.executescript("pragma journal_mode=wal; pragma synchronous=normal;" + TABLES)
         for folder in self._folders():  # the newest segments may have been cut since: look at them again
-            for path in list(limits(folder))[-1:]:
+            for path in segments(folder)[-1:]:
                 self._forget(folder.name, path.name)
 
     def close(self) -> None:
@@ -43,7 +44,7 @@ class Index:
         seen: dict[str, list[str | int]] = {}
         known = {(shard, name): end for shard, name, end in self.database.execute("select * from segment")}
         for folder in self._folders():
-            for path, limit in limits(folder).items():
+            for path, limit in limits(folder, self._since.get(folder.name, "")).items():
                 if folder.name == self.own:
                     if durable and str(path) == durable.path:
                         limit = durable.offset
@@ -59,6 +60,7 @@ class Index:
                     end = self._take(folder.name, path, limit, end)
                 if folder.name != self.own:
                     seen[folder.name] = [path.name, end]
+                self._since[folder.name] = path.name  # those before it will not change any more
         return seen
 
     def frames(self, stream: int) -> list[tuple[str, Place, int, int]]:

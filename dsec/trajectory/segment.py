@@ -155,9 +155,9 @@ def segments(folder: Path) -> list[Path]:
     return sorted(folder.glob("????????.seg"))
 
 
-def limits(folder: Path) -> dict[Path, int | None]:
-    """Every segment with the length to which the one after it vouches for it (None: the last, read to its end)."""
-    paths: list[Path] = segments(folder)
+def limits(folder: Path, since: str = "") -> dict[Path, int | None]:
+    """Segments (from the one named `since` on) with the length to which the next vouches for each (None: the last)."""
+    paths: list[Path] = [path for path in segments(folder) if path.name >= since]
     found: dict[Path, int | None] = dict.fromkeys(paths)
     for path, after in pairwise(paths):
         first = next(iter(_first(after)), None)

@@ -261,3 +261,39 @@ def test_names_cannot_point_elsewhere(tmp_path: Path) -> None:
     for name in ("../x", "a/../b", "/etc/passwd", "A", "", "a" * 80, "a/b/c/d/e"):
         with pytest.raises(ImageError, match="no image name"):
             images.get(name)
+
+
+@pytest.mark.usefixtures("mountable")
+def test_an_ordinary_user_gets_folders(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "bin").mkdir(parents=True)
+    (root / "bin/tool").write_bytes(os.urandom(300_000))
+    os.chmod(root / "bin/tool", 0o755)
+    os.symlink("tool", root / "bin/alias")
+    here = Images(tmp_path / "here", str(tmp_path / "store"))
+    here.add("mine", root)
+    here.push("mine")
+    for path in (tmp_path, *tmp_path.parents):
+        if not path.stat().st_mode & 0o001 and "pytest" in str(path):
+            path.chmod(path.stat().st_mode | 0o011)
+    home = tmp_path / "there"
+    home.mkdir()
+    os.chown(home, 54321, 54321)
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.setgid(54321)
+            os.setuid(54321)
+            (folder,) = Images(home, str(tmp_path / "store")).mount("mine")
+            os.write(write, str(folder).encode())
+        except Exception as problem:
+            os.write(write, repr(problem).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with open(read) as pipe:
+        folder = Path(pipe.read())
+    assert (folder / "bin/tool").read_bytes() == (root / "bin/tool").read_bytes()
+    assert stat.S_IMODE((folder / "bin/tool").stat().st_mode) == 0o755 and os.readlink(folder / "bin/alias") == "tool"
+    assert (folder / "bin/tool").stat().st_uid == 54321
