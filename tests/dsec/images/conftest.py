@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,3 +43,27 @@ def unmounted(tmp_path: Path) -> Iterator[None]:
 def mountable() -> None:
     if reason := missing():
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of nanio, started for these tests."""
+    if find_spec("nanio") is None:
+        pytest.skip("needs an S3 server: pip install nanio")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("s3")
+    keys = {"NANIO_ACCESS_KEY": "tester", "NANIO_SECRET_KEY": "a-secret-of-tests"}
+    command = [sys.executable, "-m", "nanio", "serve", "--port", str(port), "--data-dir", str(folder)]
+    log = open(folder / "server.log", "wb")  # noqa: SIM115
+    process = subprocess.Popen(command, env={**os.environ, **keys}, stdout=log, stderr=log)
+    for _ in range(300):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert process.poll() is None, (folder / "server.log").read_text()
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(10)

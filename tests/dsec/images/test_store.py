@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,30 +14,6 @@ from dsec.images.manifest import chunk_key, fetch_chunk
 from dsec.images.store import FolderStore, Store, open_store
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of nanio, started for these tests."""
-    if find_spec("nanio") is None:
-        pytest.skip("needs an S3 server: pip install nanio")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("s3")
-    keys = {"NANIO_ACCESS_KEY": "tester", "NANIO_SECRET_KEY": "a-secret-of-tests"}
-    command = [sys.executable, "-m", "nanio", "serve", "--port", str(port), "--data-dir", str(folder)]
-    log = open(folder / "server.log", "wb")  # noqa: SIM115
-    process = subprocess.Popen(command, env={**os.environ, **keys}, stdout=log, stderr=log)
-    for _ in range(300):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert process.poll() is None, (folder / "server.log").read_text()
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
-
-
 @pytest.fixture(params=["folder", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     if request.param == "folder":
@@ -50,7 +21,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     endpoint = request.getfixturevalue("server")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-tests")
-    bucket = f"b{abs(hash(request.node.name)) % 10**9}"
+    bucket = f"b{time.monotonic_ns()}"
     made = open_store(f"s3://{bucket}/some/prefix?endpoint={endpoint}")
     made._request("PUT", f"/{bucket}")  # type: ignore[attr-defined]
     return made
@@ -115,3 +86,21 @@ def test_an_image_goes_to_another_host(store: Store, tmp_path: Path) -> None:
     store.put(f"layers/{layer.digest}.json", layer.encode() + b" ")
     with pytest.raises(ImageError, match="another digest"):
         third.pull("mine")
+
+
+@pytest.mark.usefixtures("mountable")
+def test_a_layer_is_loaded_on_demand_from_s3(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-tests")
+    url = f"s3://lazy{time.monotonic_ns()}/images?endpoint={server}"
+    root = tmp_path / "root"
+    root.mkdir()
+    for i in range(8):
+        (root / f"f{i}").write_bytes(os.urandom(400_000))
+    here, there = Images(tmp_path / "here", url), Images(tmp_path / "there", url)
+    here.store._request("PUT", "/" + url.split("/")[2])  # type: ignore[attr-defined]
+    digest = here.add("mine", root).layers[0][1]
+    here.push("mine")
+    (mounted,) = there.mount("mine")
+    assert not there.present(digest)
+    assert (mounted / "f3").read_bytes() == (root / "f3").read_bytes()
