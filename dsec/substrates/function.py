@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, Timeout
 from dsec.guest.protocol import Agent
+from dsec.launch import cgroups
 from dsec.substrates.base import Probe
 from dsec.types import Capabilities, Spec, Stats
 
@@ -189,7 +190,14 @@ class Worker:
             os.environ.get("DSEC_FUNCTIONS", "").split(",")
         )
         names = json.dumps(sorted(modules - {"__main__", ""}))
-        settings = json.dumps({"variant": variant, "memory": spec.memory, "pids": spec.pids, "env": spec.env})
+        where = cgroups.detect()
+        self._group = cgroups.Cgroup.claim(where) if where.limits else None
+        joins: list[str] = []
+        if self._group is not None:
+            self._group.limit(spec.cpu, spec.memory, int(spec.pids) + 2)
+            joins = [str(path) for path in self._group.joins]
+        given = {"variant": variant, "memory": spec.memory, "env": spec.env, "joins": joins}
+        settings = json.dumps(given)
         argv = [sys.executable, "-c", "from dsec.substrates.function import work; work()", str(theirs.fileno())]
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
         self._pid = os.posix_spawn(
@@ -225,10 +233,19 @@ class Worker:
     def kill(self) -> None:
         if not self.dead:
             self.dead = True
+            if self._group is not None:
+                self._group.kill()  # whatever it has started, wherever that went
             self.signal(signal.SIGKILL)
             self._socket.close()
             with suppress(ChildProcessError):
                 os.waitpid(self._pid, 0)
+            if self._group is not None:
+                self._bury(self._group)
+
+    def _bury(self, group: cgroups.Cgroup) -> None:
+        if not group.remove():  # the last of them is still dying
+            with suppress(RuntimeError):
+                asyncio.get_running_loop().call_later(0.05, self._bury, group)
 
 
 # Inside a worker
@@ -248,6 +265,8 @@ def work() -> None:
     for name in json.loads(sys.argv[3]):
         __import__(name)
     os.environ.update(settings["env"])
+    for path in settings["joins"]:
+        Path(path).write_text("0")
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -256,6 +275,7 @@ def work() -> None:
     variant = settings["variant"]
     if variant != "resident":
         limit(settings, variant == "namespaced")
+    _die_with_parent()  # after the change of user, which clears it
     functions: dict[str, Any] = {}
     while (request := _receive(connection)) is not None:
         if variant == "resident":
@@ -263,6 +283,12 @@ def work() -> None:
         else:
             reply = _in_child(request)
         connection.sendall(_HEAD.pack(len(reply)) + reply)
+
+
+def _die_with_parent() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def limit(settings: dict[str, Any], namespaced: bool) -> None:
@@ -337,6 +363,7 @@ def _in_child(request: bytes) -> bytes:
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
+        _die_with_parent()
         os.close(out)
         reply = _answer(request, {})
         with os.fdopen(into, "wb") as pipe:
