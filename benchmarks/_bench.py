@@ -75,7 +75,8 @@ def measure(spec: dict[str, Any], env: dict[str, str] | None = None) -> dict[str
     done = subprocess.run(command, env=os.environ | threads | (env or {}), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the measurement {spec} failed:\n{done.stderr[-2000:]}")
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # a rival may say more
+    record: dict[str, Any] = json.loads(lines[-1])
     after, wall, busy_after = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - started, _busy_seconds()
     if busy is not None and busy_after is not None:
         mine = after.ru_utime + after.ru_stime - own.ru_utime - own.ru_stime
