@@ -65,6 +65,11 @@ class StreamedStack(nn.Module):
         super().__init__()
         self.folder, self.cache, self.prefix, self.part, self.shape = folder, cache, prefix, part, shape
 
+    @property
+    def room(self) -> int:
+        """So many experts may be held at once; a kernel that needs more of them takes turns."""
+        return self.cache.room
+
     def __getitem__(self, expert: int) -> Packed:
         return self.cache.get((self.prefix, expert), lambda: self._read(expert))[self.part]
 

@@ -57,7 +57,7 @@ def test_official_is_what_save_writes(release: Path, tiny: Transformer, tmp_path
     found = {file.name: file.read_bytes() for file in release.iterdir() if file.is_file() and file.name != "README.md"}
     assert found == wanted
     assert (release / "README.md").read_text() == "about this model" and (release / "encoding/code.py").is_file()
-    assert not list(release.parent.glob(".*"))
+    assert not (release.parent / ".release.partial").exists()
 
 
 def test_official_to_official_is_byte_identical(release: Path, tmp_path: Path) -> None:
@@ -129,14 +129,23 @@ convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), "official")
 """
 
 
-def killed(source: Path, target: Path) -> Path:
-    assert subprocess.run([sys.executable, "-c", _KILLED, source, target], check=False).returncode == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def stopped(release: Path) -> Path:
+    """What a conversion killed in its fourth shard leaves behind."""
+    target = release.with_name("stopped")
+    assert subprocess.run([sys.executable, "-c", _KILLED, release, target], check=False).returncode == -signal.SIGKILL
     assert not target.exists()
-    return target.with_name(f".{target.name}.partial")
+    return target.with_name(".stopped.partial")
 
 
-def test_a_killed_conversion_goes_on(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    staging = killed(release, tmp_path / "m")
+@pytest.fixture
+def staging(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / ".m.partial"))
+
+
+def test_a_killed_conversion_goes_on(
+    release: Path, staging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert sorted(file.suffix for file in staging.iterdir()) == [".json", *[".safetensors"] * 3, ".tmp"]
     written: list[str] = []
     whole = conversion.write_shard
@@ -147,8 +156,7 @@ def test_a_killed_conversion_goes_on(release: Path, tmp_path: Path, monkeypatch:
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
 
-def test_shards_whose_plan_is_gone_are_not_trusted(release: Path, tmp_path: Path) -> None:
-    staging = killed(release, tmp_path / "m")
+def test_shards_whose_plan_is_gone_are_not_trusted(release: Path, staging: Path, tmp_path: Path) -> None:
     (staging / "plan.json").unlink()
     first = sorted(staging.glob("*.safetensors"))[0]
     first.write_bytes(b"of another conversion")
@@ -160,8 +168,7 @@ def contents_of_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def test_another_conversion_does_not_mix_with_an_unfinished_one(release: Path, tmp_path: Path) -> None:
-    staging = killed(release, tmp_path / "m")
+def test_another_conversion_does_not_mix_with_an_unfinished_one(release: Path, staging: Path, tmp_path: Path) -> None:
     before = contents(staging)
     with pytest.raises(ValueError, match=r"\.m\.partial holds another conversion, unfinished"):
         convert(release, tmp_path / "m", "bf16")
