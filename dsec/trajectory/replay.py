@@ -134,8 +134,21 @@ class Trajectory:
         it ended; `on_unknown` says what to do instead), StateLost, Fenced, LogFull, LogFailed. After any of them the
         program is still at the same step.
         """
-        branch = self._owned()
-        step = self.cursor
+        self._owned()
+        step, self.cursor = self.cursor, self.cursor + 1  # taken at once: several may be asked for before one is known
+        try:
+            return await self._begin(step, kind, args, idempotent, on_unknown)
+        except BaseException:
+            if self.cursor == step + 1:
+                self.cursor = step
+            raise
+
+    async def _begin(
+        self, step: int, kind: str, args: Mapping[str, Any], idempotent: bool, on_unknown: Unknown
+    ) -> Replay | Live:
+        branch = self._branch
+        if step > len(branch.entries):
+            raise InvalidRequest(f"step {step} was asked for while step {len(branch.entries)} could not be begun")
         plain = keys.canonical(self.log.redact(dict(args)) if self.log.redact else args, self.log.secret)
         key = self._key(branch, step, kind, plain)
         if step < len(branch.entries) and branch.entries[step].key != key:
@@ -150,7 +163,6 @@ class Trajectory:
             await asyncio.wait([entry.running])
             self._owned()
         if entry.ended:
-            self.cursor = step + 1
             return await self._known(entry, step)
         return await self._unknown(branch, entry, step, plain, on_unknown)
 
@@ -292,7 +304,6 @@ class Trajectory:
         entry.running = asyncio.get_running_loop().create_future()
         branch.entries[step : step + 1] = [entry]
         branch.running += 1
-        self.cursor = step + 1
         crash("log.before_begin")
         fields = {"step": step, "key": key, "kind": kind, "args": plain, "idempotent": idempotent, "attempt": attempt}
         future = self.log.append(branch, "BEGIN", time=time.time(), **fields)
@@ -309,7 +320,7 @@ class Trajectory:
             _stop(branch, entry)
             if attempt == 1 and branch.entries[-1] is entry:  # nothing was built on it: as if it had not been asked
                 branch.entries.pop()
-                branch.broken, self.cursor = None, step
+                branch.broken = None
             raise
         crash("log.begun")
         return Live(step, key, attempt)
@@ -332,7 +343,6 @@ class Trajectory:
             answer = await self._journal(step)
             self._owned()
         if isinstance(answer, Mapping):
-            self.cursor = step + 1
             crash("log.journal")
             return Replay(step, entry.key, await self.end(Live(step, entry.key, entry.attempt), answer))
         marker = next((snapshot.marker for snapshot in reversed(branch.snapshots) if snapshot.step == step), None)
@@ -383,7 +393,7 @@ class Trajectory:
                 break
         else:
             handle = await self.fork(step)
-        self._branch, self.epoch, self.cursor = handle._branch, handle.epoch, step
+        self._branch, self.epoch = handle._branch, handle.epoch
 
     def _comparable(self, result: Mapping[str, Any]) -> Any:
         stable = {name: value for name, value in result.items() if name not in VOLATILE}

@@ -512,6 +512,24 @@ def test_steps_that_overlap_keep_their_order(tmp_path: Path) -> None:
     run(body)
 
 
+def test_two_questions_at_once_while_the_first_still_runs(tmp_path: Path) -> None:
+    async def body() -> None:
+        log = TrajectoryLog(tmp_path)
+        old = await log.open("t", SPEC)
+        tickets = await asyncio.gather(*(old.begin("run", {"command": c}) for c in "ab"))
+        new = await log.open("t", SPEC)
+        waiting = [asyncio.create_task(new.begin("run", {"command": c})) for c in "ab"]
+        await asyncio.sleep(0.01)
+        for ticket in reversed(tickets):
+            await old.end(ticket, {"n": ticket.step})  # type: ignore[arg-type]
+        found = await asyncio.gather(*waiting)
+        assert [ticket.result for ticket in found] == [{"n": 0}, {"n": 1}]  # type: ignore[union-attr]
+        assert new.cursor == 2
+        log.close()
+
+    run(body)
+
+
 # Disks
 
 
