@@ -41,8 +41,11 @@ mount -t devtmpfs -o nosuid dev /dev && mount -t proc -o nosuid,nodev,noexec pro
 mount -t sysfs -o nosuid,nodev,noexec sys /sys
 for m in $(cat /modules/order); do insmod /modules/$m || fail module $m; done
 for w in $(cat /proc/cmdline); do case $w in dsec.*=*) eval "${w#dsec.}";; esac; done
-for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = dsec.agent ] && port=/dev/${p##*/}; done
-[ -n "$port" ] || fail no agent port
+n=0
+while [ -z "$port" ]; do # ports appear, and get their names, some time after their driver
+  for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name 2>/dev/null)" = dsec.agent ] && port=/dev/${p##*/}; done
+  n=$((n+1)); [ $n -gt 200 ] && fail no agent port; [ -n "$port" ] || sleep 0.05
+done
 mount -t tmpfs -o nosuid,nodev,mode=755,size=16m run /run
 mkdir -p /run/dsec && cp /bin/busybox /bin/agent /bin/wake /run/dsec/
 echo 'root:x:0:0:root:/root:/bin/sh

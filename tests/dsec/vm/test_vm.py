@@ -69,6 +69,7 @@ for m in $(cat /modules/order); do insmod /modules/$m; done
 cp /bin/wake /run/dsec/
 cp /sys/firmware/qemu_fw_cfg/by_name/opt/dsec/agent/raw /run/agent; chmod 700 /run/agent
 mount -t vfat /dev/vda /disk
+while ! grep -q dsec.agent /sys/class/virtio-ports/vport0p1/name; do sleep 0.05; done
 /run/agent --device /dev/vport0p1
 reboot -f
 """
