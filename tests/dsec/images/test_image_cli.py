@@ -47,6 +47,7 @@ def test_build_push_pull_list_verify_rm(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_python_from_debians_packages(tmp_path: Path) -> None:
     """Built on first use; Python, pip and make start inside. Needs a mirror of Debian."""
     if shutil.which("mmdebstrap") is None:
