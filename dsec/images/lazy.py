@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 THREADS = 8  # reads answered at once, and chunks prefetched at once
 TRACE_SECONDS = 10.0  # what is asked for in this time after the first read is the start trace
-RESTARTS = 5  # of a worker, before the file is given up
+RESTARTS = 5  # of a worker in a row, before the file is given up
+STEADY_SECONDS = 60.0  # a worker that lived this long starts a new row
 FLUSH_SECONDS = 0.5
 READY_SECONDS = 20.0
 
@@ -289,29 +291,33 @@ def _supervise(images: Images, digest: str, ready: int, latency: float) -> None:
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={fd},rootmode=100444,user_id=0,group_id=0,allow_other"
     erofs.mount(Path("dsec"), target, "fuse", options)
-    parent = os.getpid()
-    for number in range(RESTARTS + 1):
+    parent, failures, again = os.getpid(), 0, False
+    while failures <= RESTARTS:
+        started = time.monotonic()
         if (child := os.fork()) == 0:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: no worker without its parent
             if os.getppid() != parent:
                 os._exit(1)
-            if number == 0:
+            if not again:
                 os.close(ready)
             code = 1
             try:
-                _worker(images, digest, fd, number > 0, latency)
+                _worker(images, digest, fd, again, latency)
                 code = 0
+            except Exception:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        if number == 0:
+        if not again:
             os.write(ready, b"ready")
             os.close(ready)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == 0:
             return
-        print(f"worker ended with {code}, restart {number + 1} of {RESTARTS}", file=sys.stderr, flush=True)
-        time.sleep(0.05 * 2**number)
+        again, failures = True, failures + 1 if time.monotonic() - started < STEADY_SECONDS else 1
+        print(f"worker ended with {code}, restart {failures} of {RESTARTS}", file=sys.stderr, flush=True)
+        time.sleep(0.05 * 2**failures)
 
 
 def serve(images: Images, digest: str, latency: float = 0.0) -> Path:
