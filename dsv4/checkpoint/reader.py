@@ -24,7 +24,8 @@ def load(
     """Reads official names (FP4/FP8 or not), transformers' module names or what its ``save_pretrained`` writes.
 
     ``dtype`` is "float32" or "bfloat16" (quantised tensors are expanded exactly, tensors of the fp32 list stay fp32),
-    or "native": FP4 and FP8 weights stay packed and the network computes as the release does. ``expert_memory`` (bytes,
+    or "native": FP4 and FP8 weights stay packed and the network computes as the release does; "auto" is native for a
+    quantised folder and float32 for others. ``expert_memory`` (bytes,
     or "8GiB"), with "native" only: routed experts stay on disk, and at most so much of them in memory. ``progress``
     shows bytes and ETA on stderr.
 
@@ -32,8 +33,10 @@ def load(
     (``model.config.num_nextn_predict_layers`` is 0) and a warning; ``mtp.*`` tensors that the config does not ask for
     are left out, with a warning. ValueError names what is missing, extra, misshapen or corrupt.
     """
-    if dtype not in ("float32", "bfloat16", "native"):
-        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'native', got {dtype!r}")
+    if dtype not in ("float32", "bfloat16", "native", "auto"):
+        raise ValueError(f"dtype must be 'float32', 'bfloat16', 'native' or 'auto', got {dtype!r}")
+    if dtype == "auto":
+        dtype = "native" if Config.load(path).expert_dtype else "float32"
     if expert_memory is not None and dtype != "native":
         raise ValueError(f"expert_memory needs dtype 'native', got {dtype!r}")
     with Folder(path) as folder:

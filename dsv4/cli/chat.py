@@ -29,7 +29,10 @@ def chat(
     api_key: str = typer.Option(None, envvar="DSV4_API_KEY", help="With --url: the server's key."),
     mode: str = typer.Option("high", help="non-think, high or max; /mode changes it."),
     max_tokens: int = typer.Option(None, help="Longest answer, in tokens."),
-    dtype: str = typer.Option("float32", help="float32 or bfloat16."),
+    dtype: str = typer.Option("auto", help="float32, bfloat16, native (FP4/FP8 as stored), or auto: as the folder is."),
+    expert_memory: str = typer.Option(
+        None, help="With native: experts stay on disk, at most this much in memory: 8GiB."
+    ),
     device: str = typer.Option("cpu", help="cpu or cuda."),
 ) -> None:
     """Talk to a model in the terminal.
@@ -47,7 +50,7 @@ def chat(
         from dsv4.server.chat import Service
 
         keep_freed_memory()
-        service = Service.load(path or Path("models/nano"), dtype=dtype, device=device)
+        service = Service.load(path or Path("models/nano"), dtype=dtype, device=device, expert_memory=expert_memory)
         name, ask = service.name, lambda request: local(service, request)
     else:
         server = Server(url, api_key)

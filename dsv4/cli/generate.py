@@ -19,7 +19,10 @@ def generate(
     temperature: float = typer.Option(0.0, help="0 = always the most probable token; at most 2."),
     top_p: float = typer.Option(1.0, help="Keep the most probable tokens that together reach this mass."),
     seed: int = typer.Option(None, help="The same seed gives the same answer. Default: another each time."),
-    dtype: str = typer.Option("float32", help="float32 or bfloat16."),
+    dtype: str = typer.Option("auto", help="float32, bfloat16, native (FP4/FP8 as stored), or auto: as the folder is."),
+    expert_memory: str = typer.Option(
+        None, help="With native: experts stay on disk, at most this much in memory: 8GiB."
+    ),
     device: str = typer.Option("cpu", help="cpu or cuda."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object: the answer, usage and speed."),
 ) -> None:
@@ -36,7 +39,8 @@ def generate(
 
     keep_freed_memory()
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = Engine(dsv4.load(path, dtype=dtype, device=device), dsv4.load_tokenizer(path))
+    model = dsv4.load(path, dtype=dtype, device=device, expert_memory=expert_memory, progress=True)
+    engine = Engine(model, dsv4.load_tokenizer(path))
     tokenizer = engine.tokenizer
     request = chat_request([{"role": "user", "content": text}], mode)
     ids = [tokenizer.bos_id, *tokenizer.encode(text)] if raw else render_ids(request, tokenizer)

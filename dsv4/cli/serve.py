@@ -15,7 +15,10 @@ def serve(
     dialect: str = typer.Option(None, help="Prompt dialect: v4-preview or v4-ga. Default: what the folder asks for."),
     api_key: str = typer.Option(None, envvar="DSV4_API_KEY", help="Key that clients must send. Default: none needed."),
     alias: list[str] = typer.Option(None, help="Another model name to answer to (repeatable; default: DeepSeek's)."),
-    dtype: str = typer.Option("float32", help="float32 or bfloat16."),
+    dtype: str = typer.Option("auto", help="float32, bfloat16, native (FP4/FP8 as stored), or auto: as the folder is."),
+    expert_memory: str = typer.Option(
+        None, help="With native: experts stay on disk, at most this much in memory: 8GiB."
+    ),
     device: str = typer.Option("cpu", help="cpu or cuda."),
     threads: int = typer.Option(0, help="Processor threads for the model; 0 = one per core."),
     strict_reasoning: bool = typer.Option(False, help="Refuse tool calls that come back without their reasoning."),
@@ -45,9 +48,10 @@ def serve(
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    service = Service.load(path, dialect, dtype, device, alias or ALIASES, strict_reasoning)
+    service = Service.load(path, dialect, dtype, device, alias or ALIASES, strict_reasoning, expert_memory)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    where = f"{dtype} on {device}, {torch.get_num_threads()} threads"
+    kind = ("native" if service.engine.config.expert_dtype else "float32") if dtype == "auto" else dtype
+    where = f"{kind} on {device}, {torch.get_num_threads()} threads"
     key = ", key needed" if api_key else ""
     typer.echo(f"{service.name}: {service.parameters / 1e6:.1f}M parameters, {where}")
     typer.echo(f"context {service.engine.context:,} tokens, prompt dialect {service.dialect}")

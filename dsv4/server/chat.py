@@ -49,16 +49,18 @@ class Service:
     def load(
         path: str | Path,
         dialect: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str = "cpu",
         aliases: Sequence[str] = ALIASES,
         need_reasoning: bool = False,
+        expert_memory: str | None = None,
     ) -> Service:
         """Read a model folder; its name is the model's name, its dialect `detect_dialect`'s unless given."""
         import dsv4
 
         path = Path(path)
-        engine = Engine(dsv4.load(path, dtype=dtype, device=device), dsv4.load_tokenizer(path))
+        model = dsv4.load(path, dtype=dtype, device=device, expert_memory=expert_memory, progress=True)
+        engine = Engine(model, dsv4.load_tokenizer(path))
         advice = path / "generation_config.json"
         advised = json.loads(advice.read_text(encoding="utf-8")) if advice.is_file() else {}
         sampling = {key: float(advised[key]) for key in ("temperature", "top_p") if key in advised}
