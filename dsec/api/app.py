@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
+from dsec.api.e2b import router as e2b
 from dsec.api.metrics import metrics
 from dsec.api.service import Service, new_key
 from dsec.cluster.link import decode, encode
@@ -63,9 +64,13 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="DSec", docs_url="/docs", redoc_url=None, lifespan=life)
     app.state.service = service
+    app.include_router(e2b)
 
     @app.exception_handler(DsecError)
     async def wrong(request: Request, error: DsecError) -> JSONResponse:
+        if request.url.path.startswith("/e2b/"):
+            code = 401 if isinstance(error, Forbidden) else max(400, error.status)
+            return JSONResponse({"code": code, "message": error.message}, code)
         return JSONResponse(to_wire(error), max(400, error.status))
 
     # The SDK

@@ -61,3 +61,43 @@ def simulate(
             typer.echo(f"{name:32}{value}")
     if world.violations:
         raise typer.Exit(1)
+
+
+@app.command()
+def up(
+    store: Annotated[str, typer.Option(help="postgresql://... (sqlite:PATH for a single node)")],
+    ray: Annotated[bool, typer.Option("--ray", help="one Edge per node of the running Ray cluster")] = False,
+    home: Annotated[str, typer.Option(help="state folder on each node; default DSEC_HOME there")] = "",
+    port: Annotated[int, typer.Option(help="port of the Edges")] = 8701,
+) -> None:
+    """Starts one Edge on every node of a cluster; DSEC_TOKEN is the secret between API servers and Edges.
+
+    For Kubernetes apply the manifest that comes with the package, dsec/cluster/kubernetes.yaml.
+
+    Example:
+        dsec cluster up --ray --store postgresql://dsec@db/dsec
+    """
+    import os
+
+    if not ray:
+        raise typer.BadParameter("only --ray is there; for Kubernetes apply dsec/cluster/kubernetes.yaml")
+    try:
+        from dsec.cluster.ray import up as start
+
+        start(store, os.environ.get("DSEC_TOKEN", ""), home, port, typer.echo)
+    except ImportError as error:
+        raise typer.BadParameter(f"Ray is missing ({error}): pip install 'dsv4[ray]'") from None
+    except (ValueError, ConnectionError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def down() -> None:
+    """Ends the Edges that `up --ray` started; their sandboxes end with their leases.
+
+    Example:
+        dsec cluster down
+    """
+    from dsec.cluster.ray import down as stop
+
+    typer.echo(f"{stop()} Edges ended")

@@ -1,0 +1,292 @@
+"""The part of E2B's HTTP that its own Python SDK needs for sandboxes, commands and files.
+
+    E2B_API_URL=http://SERVER/e2b  E2B_SANDBOX_URL=http://SERVER/e2b  E2B_API_KEY=<our key>
+
+A template names an image ("base" is `host`). Commands speak Connect's JSON form: unary calls are plain JSON, streams
+are envelopes of one flag byte, u32 length (big-endian), JSON. Not there: watching folders, metrics, network, templates.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.parser
+import email.policy
+import json
+import struct
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from dsec.api.service import Service
+from dsec.cluster.store import Key
+from dsec.errors import DsecError, Forbidden, InvalidRequest, NotFound, Timeout
+from dsec.types import EntryInfo, Spec
+
+VERSION = "0.5.7"
+"""The version of E2B's in-sandbox daemon that we look like: no newer feature is asked for."""
+CODES = {400: "invalid_argument", 403: "permission_denied", 404: "not_found", 408: "deadline_exceeded",
+         409: "already_exists", 429: "resource_exhausted", 503: "unavailable"}  # fmt: skip
+SIGNALS = {"SIGNAL_SIGKILL": 9, "SIGNAL_SIGTERM": 15}
+router = APIRouter(prefix="/e2b", include_in_schema=False)
+Json = dict[str, Any]
+
+
+async def user(request: Request) -> Key:
+    """The API asks with X-API-Key, the sandbox's own endpoint with X-Access-Token: here the same key."""
+    token = request.headers.get("x-api-key") or request.headers.get("x-access-token")
+    if not token:
+        raise Forbidden("no API key")
+    service: Service = request.app.state.service
+    return await service.who(token)
+
+
+User = Annotated[Key, Depends(user)]
+
+
+def serve(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Serve = Annotated[Service, Depends(serve)]
+
+
+def shown(info: Json, token: str = "") -> Json:
+    """Our record in E2B's words."""
+    times = {
+        name: datetime.fromtimestamp(min(info[key], 4e9), UTC).isoformat()
+        for name, key in (("startedAt", "created"), ("endAt", "deadline"))
+    }
+    return {
+        "sandboxID": info["id"], "templateID": info["image"], "alias": info["image"], "clientID": info["host"],
+        "envdVersion": VERSION, "state": "paused" if info["state"] == "paused" else "running", "cpuCount": 1,
+        "memoryMB": 1024, "diskSizeMB": 512, "metadata": info["metadata"], **times,
+        **({"envdAccessToken": token} if token else {}),
+    }  # fmt: skip
+
+
+@router.post("/sandboxes", status_code=201)
+@router.post("/v2/sandboxes", status_code=201)
+async def create(body: Json, request: Request, key: User, service: Serve) -> Json:
+    template = str(body.get("templateID") or "base")
+    spec = Spec(
+        image="host" if template == "base" else template,
+        timeout=float(body.get("timeout") or 300),
+        env=body.get("envVars") or {},
+        metadata=body.get("metadata") or {},
+    )
+    info = await service.create(key.project, spec)
+    return shown(info.as_dict(), request.headers["x-api-key"])
+
+
+@router.get("/sandboxes")
+@router.get("/v2/sandboxes")
+async def listing(key: User, service: Serve) -> list[Json]:
+    return [shown(info) for info in await service.listing(key.project, None, None)]
+
+
+@router.get("/sandboxes/{id}")
+async def info(id: str, request: Request, key: User, service: Serve) -> Json:
+    found, _ = await service.call(key.project, "info", {"id": id})
+    return shown(found, request.headers["x-api-key"])
+
+
+@router.delete("/sandboxes/{id}", status_code=204)
+async def kill(id: str, key: User, service: Serve) -> None:
+    await service.call(key.project, "kill", {"id": id})
+
+
+@router.post("/sandboxes/{id}/timeout", status_code=204)
+async def set_timeout(id: str, body: Json, key: User, service: Serve) -> None:
+    await service.call(key.project, "set_timeout", {"id": id, "timeout": body["timeout"]})
+
+
+@router.post("/sandboxes/{id}/pause", status_code=204)
+async def pause(id: str, key: User, service: Serve) -> None:
+    await service.call(key.project, "pause", {"id": id})
+
+
+@router.post("/sandboxes/{id}/connect")
+@router.post("/v2/sandboxes/{id}/connect")
+@router.post("/sandboxes/{id}/resume", status_code=201)
+async def connect(id: str, request: Request, key: User, service: Serve) -> Json:
+    """Resumes it if it was paused; a time given by E2B's client moves the deadline, as it does there."""
+    body = json.loads(await request.body() or b"{}")
+    found, _ = await service.call(key.project, "connect", {"id": id, "timeout": body.get("timeout")})
+    return shown(found, request.headers["x-api-key"])
+
+
+# Inside the sandbox
+
+
+def sandbox_of(request: Request) -> str:
+    return request.headers.get("e2b-sandbox-id") or ""
+
+
+@router.get("/health", status_code=204)
+async def health(request: Request, service: Serve) -> Response:
+    return Response(status_code=204)
+
+
+def username(request: Request) -> str | None:
+    """E2B names whom a command runs as in a Basic header; its usual "user" is whatever the spec says."""
+    given = request.headers.get("authorization", "")
+    if not given.startswith("Basic "):
+        return None
+    name = base64.b64decode(given[6:]).decode().partition(":")[0]
+    return None if name in ("", "user") else name
+
+
+def entry(found: Json) -> Json:
+    """A file's record as Connect's JSON has it (64-bit numbers are text)."""
+    one = EntryInfo(**found)
+    kind = {"file": "FILE_TYPE_FILE", "dir": "FILE_TYPE_DIRECTORY", "link": "FILE_TYPE_SYMLINK"}
+    when = datetime.fromtimestamp(one.mtime, UTC).isoformat().replace("+00:00", "Z")
+    bits = "".join(letter if one.mode >> (8 - n) & 1 else "-" for n, letter in enumerate("rwxrwxrwx"))
+    return {
+        "name": one.name, "path": one.path, "type": kind.get(one.type, "FILE_TYPE_UNSPECIFIED"), "size": str(one.size),
+        "mode": one.mode, "permissions": bits, "owner": str(one.uid), "group": str(one.gid), "modifiedTime": when,
+    }  # fmt: skip
+
+
+@router.get("/files")
+async def read(path: str, request: Request, key: User, service: Serve) -> Response:
+    _, data = await service.call(key.project, "files.read", {"id": sandbox_of(request), "path": rooted(path)})
+    return Response(data, media_type="application/octet-stream")
+
+
+@router.post("/files")
+async def write(request: Request, key: User, service: Serve, path: str = "") -> list[Json]:
+    """One file as the body, or several as a form."""
+    kind, body = request.headers.get("content-type", ""), await request.body()
+    files = [(path, body)]
+    if kind.startswith("multipart/"):
+        parser = email.parser.BytesParser(policy=email.policy.HTTP)
+        parts = parser.parsebytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + body).iter_parts()
+        files = [(path or str(part.get_filename()), bytes(part.get_payload(decode=True))) for part in parts]
+    for name, data in files:
+        await service.call(key.project, "files.write", {"id": sandbox_of(request), "path": rooted(name)}, data)
+    return [{"name": name.rpartition("/")[2], "path": rooted(name), "type": "file"} for name, _ in files]
+
+
+def rooted(path: str) -> str:
+    return path if path.startswith("/") else f"/root/{path}"
+
+
+@router.post("/filesystem.Filesystem/{method}")
+async def filesystem(method: str, body: Json, request: Request, key: User, service: Serve) -> Response:
+    box = {"id": sandbox_of(request)}
+
+    async def call(op: str, **args: Any) -> Json:
+        return (await service.call(key.project, op, {**box, **args}))[0]
+
+    try:
+        path = rooted(str(body.get("path", "")))
+        answer: Json = {}
+        if method == "ListDir":
+            answer = {"entries": [entry(each) for each in (await call("files.list", path=path))["entries"]]}
+        elif method == "Remove":
+            await call("files.remove", path=path)
+        elif method in ("Stat", "MakeDir", "Move"):
+            if method == "MakeDir":
+                await call("files.make_dir", path=path)
+            if method == "Move":
+                source, path = rooted(str(body["source"])), rooted(str(body["destination"]))
+                await call("files.rename", path=source, to=path)
+            answer = {"entry": entry(await call("files.get_info", path=path))}
+        else:
+            return JSONResponse({"code": "unimplemented", "message": method}, 501)
+        return JSONResponse(answer)
+    except DsecError as error:
+        return JSONResponse(wrong(error), error.status)
+
+
+def wrong(error: DsecError) -> Json:
+    """An error in Connect's words."""
+    return {"code": CODES.get(error.status, "internal"), "message": error.message}
+
+
+def envelope(value: Json, last: bool = False) -> bytes:
+    text = json.dumps(value).encode()
+    return struct.pack(">BI", 2 if last else 0, len(text)) + text
+
+
+@router.post("/process.Process/{method}")
+async def process(method: str, request: Request, key: User, service: Serve) -> Response:
+    raw, box = await request.body(), {"id": sandbox_of(request)}
+    streamed = method in ("Start", "Connect")
+    try:
+        body = json.loads(raw[5:] if streamed else raw or b"{}")
+    except ValueError as error:
+        raise InvalidRequest(f"not JSON: {error}") from None
+    if streamed:
+        return StreamingResponse(
+            events(service, key.project, box["id"], method, body, request), media_type="application/connect+json"
+        )
+    try:
+        answer: Json = {}
+        if method == "List":
+            listed, _ = await service.call(key.project, "commands.list", box)
+            answer = {
+                "processes": [
+                    {
+                        "pid": each["id"],
+                        "config": {"cmd": "/bin/bash", "args": ["-l", "-c", each["command"]], "envs": {}},
+                    }
+                    for each in listed["commands"]
+                    if each["exit_code"] is None
+                ]
+            }
+        elif method == "SendSignal":
+            number = SIGNALS.get(str(body.get("signal")), 15)
+            done, _ = await service.call(key.project, "commands.kill", {**box, "command": pid(body), "signal": number})
+            if not done["killed"]:
+                raise NotFound("it has ended")
+        elif method in ("SendInput", "CloseStdin"):
+            data = base64.b64decode(next(iter(body.get("input", {}).values()), ""))
+            args = {**box, "command": pid(body), "close": method == "CloseStdin"}
+            await service.call(key.project, "commands.send_stdin", args, data)
+        else:
+            return JSONResponse({"code": "unimplemented", "message": method}, 501)
+        return JSONResponse(answer)
+    except DsecError as error:
+        return JSONResponse(wrong(error), error.status)
+
+
+def pid(body: Json) -> int:
+    selector = body.get("process", {})
+    if "pid" not in selector:
+        raise InvalidRequest("processes are named by pid")
+    return int(selector["pid"])
+
+
+async def events(
+    service: Service, project: str, id: str, method: str, body: Json, request: Request
+) -> AsyncIterator[bytes]:
+    """A command's events as envelopes: start, data, end."""
+    try:
+        if method == "Start":
+            asked, limit = body["process"], request.headers.get("connect-timeout-ms")
+            started, _ = await service.call(project, "commands.start", {
+                "id": id, "command": [asked["cmd"], *asked.get("args", [])], "env": asked.get("envs") or None,
+                "cwd": asked.get("cwd"), "user": username(request), "stdin": bool(body.get("stdin")),
+                "timeout": int(limit) / 1000 if limit and int(limit) else None,
+            })  # fmt: skip
+            number = started["command"]
+        else:
+            number = pid(body)
+        yield envelope({"event": {"start": {"pid": number}}})
+        async for kind, data in service.stream(project, "commands.connect", {"id": id, "command": number}):
+            if kind == "result":
+                code = json.loads(data)["exit_code"]
+                yield envelope({"event": {"end": {"exitCode": code, "exited": True, "status": f"exit status {code}"}}})
+            else:
+                yield envelope({"event": {"data": {kind: base64.b64encode(data).decode()}}})
+        yield envelope({}, last=True)
+    except Timeout as error:
+        yield envelope({"error": {"code": "deadline_exceeded", "message": error.message}}, last=True)
+    except DsecError as error:
+        yield envelope({"error": wrong(error)}, last=True)

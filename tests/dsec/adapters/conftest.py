@@ -1,0 +1,31 @@
+"""Sandboxes of a state folder of the test's own, with an Edge that ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dsec.client import EmbeddedTransport
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for parent in (folder, *folder.parents[:2]):  # sandboxes run as other users
+        parent.chmod(0o711)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DSEC_HOME", str(folder))
+    patch.delenv("DSEC_URL", raising=False)
+    yield folder
+
+    async def end() -> None:
+        transport = EmbeddedTransport(folder)
+        await transport.call("shutdown", {"destroy": True})
+        await transport.close()
+
+    if (folder / "edge.sock").exists():
+        asyncio.run(end())
+    patch.undo()
