@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -49,10 +50,12 @@ def start_edge(home: Path, seconds: float = 60.0) -> None:
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/", close_fds=True
         )
     end = time.monotonic() + seconds
-    while not (home / "edge.sock").exists():
-        if time.monotonic() > end or (process.poll() or 0) != 0:
-            raise SandboxFailed(f"the Edge did not start: {log.read_text(errors='replace').strip()[-500:]}")
-        time.sleep(0.005)
+    with socket.socket(socket.AF_UNIX) as test:
+        while test.connect_ex(str(home / "edge.sock")):
+            if time.monotonic() > end or (process.poll() or 0) != 0:
+                words = log.read_text(errors="replace").strip()[-500:]
+                raise SandboxFailed(f"the Edge did not start within {seconds:g} s: {words}")
+            time.sleep(0.01)
 
 
 class EmbeddedTransport:
@@ -77,8 +80,6 @@ class EmbeddedTransport:
                     except (FileNotFoundError, ConnectionRefusedError) as error:
                         if attempt == 2:
                             raise SandboxFailed(f"no Edge answers in {self.home}: {error}") from None
-                        if isinstance(error, ConnectionRefusedError):  # a killed one left its socket
-                            (self.home / "edge.sock").unlink(missing_ok=True)
                         await asyncio.to_thread(start_edge, self.home)
                 self._reader = asyncio.ensure_future(self._receive(reader))
             assert self._writer is not None

@@ -50,10 +50,11 @@ class Server:
         self.destroy = False
 
     async def run(self) -> None:
-        self.path.unlink(missing_ok=True)
+        early = self.path.with_suffix(f".{os.getpid()}")  # visible only once it listens, in place of a dead one's
         old = os.umask(0o177)
-        server = await asyncio.start_unix_server(self._client, self.path)
+        server = await asyncio.start_unix_server(self._client, early)
         os.umask(old)
+        os.rename(early, self.path)
         await self.over.wait()
         server.close()
         self.path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,9 @@ class Host:
             if not Path(self.python).exists():
                 pytest.skip("an ordinary user needs an interpreter it can reach: apt-get install python3")
             shutil.copytree(Path(dsec.__file__).parent, self.path / "dsec")
+            packages = Path(sysconfig.get_path("platlib"))
+            for found in packages.glob("google_crc32c*"):  # what the log needs beside the standard library
+                shutil.copytree(found, self.path / found.name)
         self.home.mkdir(mode=0o711)
         os.chown(self.home, self.uid, self.uid if self.uid != os.geteuid() else -1)
         shutil.copytree(programs / "cache", self.home / "cache")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dsec import AsyncSandbox
+from dsec.edge.edge import Edge
 from dsec.errors import Capacity, Diverged, NotFound, OutcomeUnknown, SandboxFailed, StateLost
 from tests.dsec.conftest import Host
 
@@ -155,7 +156,7 @@ def test_a_pool_makes_creation_a_claim(root_host: Host) -> None:
         assert root_host.sync("pool", 0, memory=128, disk=32) == 0
 
 
-def test_many_at_once_and_the_hard_cap(root_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_at_once(root_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSEC_HOME", str(root_host.home))
 
     async def main() -> None:
@@ -170,15 +171,22 @@ def test_many_at_once_and_the_hard_cap(root_host: Host, monkeypatch: pytest.Monk
                 return await one(i)
 
         assert await asyncio.gather(*(gated(i) for i in range(40))) == [f"{i}\n" for i in range(40)]
-        with pytest.raises(Capacity):
-            await AsyncSandbox.pool(0, memory=64)
-            transport = root_host.transport()
-            try:
-                await transport.call("fork", {"id": "x", "count": 1})
-            except NotFound:
-                raise Capacity("stands in when the cap is not reached") from None
-            finally:
-                await transport.close()
+
+    asyncio.run(main())
+
+
+def test_the_hard_cap_is_an_error_not_a_queue(tmp_path: Path) -> None:
+    async def main() -> None:
+        edge = Edge(tmp_path, max_live=2)
+        await edge.start()
+        for _ in range(2):
+            await edge.call("create", {"spec": {"substrate": "function"}})
+        with pytest.raises(Capacity, match="limit is 2"):
+            await edge.call("create", {"spec": {"substrate": "function"}})
+        (first, _) = (await edge.call("list", {}))[0]["sandboxes"]
+        await edge.call("kill", {"id": first["id"]})
+        await edge.call("create", {"spec": {"substrate": "function"}})
+        await edge.stop(destroy=True)
 
     asyncio.run(main())
 
