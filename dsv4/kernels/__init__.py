@@ -1,7 +1,8 @@
 """The hot operations, one name each. This file is the only place that chooses a backend.
 
 `reference` is plain torch: the specification of every operation, and what runs when nothing faster is there.
-`cpu` is C++ compiled at first use, for what plain torch does badly. DSV4_KERNELS=reference switches it off.
+`cpu` is C++ compiled at first use, for what plain torch does badly. `triton` is for inference on one CUDA device, where
+triton is installed. DSV4_KERNELS=reference switches both off.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dsv4 import numerics
 from dsv4.kernels import reference
+from dsv4.kernels import triton as _triton
 from dsv4.kernels.cpu import attend as _cpu_attend
 from dsv4.kernels.cpu import attention as _cpu_attention
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
@@ -33,6 +35,7 @@ __all__ = [
     "hc_leave",
     "joint_attention",
     "linear",
+    "pool",
     "rms_norm",
     "rotate",
     "routed_experts",
@@ -46,7 +49,7 @@ def hc_enter(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Streams -> sub-layer input and the maps for `hc_leave`; `reference.hc_enter` is the specification."""
-    backend = _cpu_hc if _cpu_hc.usable(streams) else reference
+    backend = _hyper_connections(streams, fn, base, scale)
     return backend.hc_enter(streams, fn, base, scale, iterations, rms_eps, eps)
 
 
@@ -67,8 +70,13 @@ def collapse(streams: Tensor, weight: Tensor) -> Tensor:
 
 def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Sub-layer output back into the streams; `reference.hc_leave` is the specification."""
-    backend = _cpu_hc if _cpu_hc.usable(streams) else reference
-    return backend.hc_leave(streams, y, post, comb)
+    return _hyper_connections(streams, y, post, comb).hc_leave(streams, y, post, comb)
+
+
+def _hyper_connections(streams: Tensor, *others: Tensor) -> Any:
+    if _triton.usable(streams, *others):
+        return _triton.hyper_connections
+    return _cpu_hc if _cpu_hc.usable(streams) else reference
 
 
 def joint_attention(
@@ -82,23 +90,31 @@ def joint_attention(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMS norm over the last axis; `reference.rms_norm` is the specification."""
-    backend = _cpu_rope if _cpu_rope.usable(x) else reference
-    return backend.rms_norm(x, weight, eps)
+    return _norm(x, weight).rms_norm(x, weight, eps)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Partial interleaved RoPE; `reference.rotate` is the specification."""
-    backend = _cpu_rope if _cpu_rope.usable(x) else reference
-    return backend.rotate(x, angles)
+    return _norm(x, angles).rotate(x, angles)
+
+
+def _norm(x: Tensor, other: Tensor | None) -> Any:
+    if _triton.usable(x, other):
+        return _triton.norm
+    return _cpu_rope if _cpu_rope.usable(x) else reference
 
 
 def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:
     """x [..., in], weight [out, in] -> x W^T [..., out]. ``wide``: multiplied and returned in float32, whatever the two
     are stored in. `numerics.packed_linear` is the specification for packed weights."""
     if isinstance(weight, Packed):
+        if _triton.usable(x, weight.elements):
+            return _triton.linear.packed_linear(x, weight)
         return (_cpu_linear if _cpu_linear.packed_usable(x, weight) else numerics).packed_linear(x, weight)
     if wide and x.dtype != weight.dtype:
         x, weight = x.float(), weight.float()
+    if _triton.exact(x, weight):
+        return _triton.linear.linear(x, weight, wide)
     if _cpu_linear.usable(x, weight):
         return _cpu_linear.linear(x, weight, wide)
     return F.linear(x.float(), weight.float()) if wide else F.linear(x, weight)
@@ -108,10 +124,14 @@ def grouped_linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
     """x [..., G, in], weight [G * out, in] -> [..., G, out]: every group through its own matrix. A packed weight is
     expanded and x is not rounded, as the official converter does with wo_a."""
     if isinstance(weight, Packed):
+        if _triton.usable(x, weight.elements):
+            return _triton.linear.grouped_linear(x, weight)
         usable = x.dtype == torch.bfloat16 and _cpu_linear.packed_usable(x, weight)
         if usable and not _cpu_linear.worth_a_copy(x):
             return _cpu_linear.grouped_linear(x, weight)
         weight = _cpu_linear.expanded(weight) if usable else weight.dequantise(x.dtype)
+    elif _triton.exact(x, weight):
+        return _triton.linear.grouped_linear(x, weight)
     elif _cpu_linear.usable(x, weight):
         return _cpu_linear.grouped_linear(x, weight)
     rows = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
@@ -121,10 +141,14 @@ def grouped_linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
 def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     """Every token through its own experts; `reference.routed_experts` is the specification, `numerics.packed_experts`
     for packed or streamed stacks."""
+    if isinstance(w1, Packed) and _triton.usable(x, weights, w1.elements):
+        return _triton.experts.packed_experts(x, experts, weights, w1, w2, w3, limit)
     if not isinstance(w1, Tensor):
         first = w1 if isinstance(w1, Packed) else w1[int(experts[0, 0])]
         usable = x.dtype == torch.bfloat16 and w2.shape[-1] % 32 == 0 and _cpu_linear.packed_usable(x, first)
         return (_cpu_linear if usable else numerics).packed_experts(x, experts, weights, w1, w2, w3, limit)
+    if _triton.usable(x, weights, w1, w2, w3) and w1.dtype == x.dtype:
+        return _triton.experts.routed_experts(x, experts, weights, w1, w2, w3, limit)
     backend = _cpu_linear if _cpu_linear.plain(x, w1, w2, w3) else reference
     return backend.routed_experts(x, experts, weights, w1, w2, w3, limit)
 
@@ -139,9 +163,9 @@ def expert(x: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
 
 
 def fused_attention(q: Tensor) -> bool:
-    """Whether `choose` and `attend` can serve these queries: inference on a CPU with a compiler. Elsewhere
-    `joint_attention` with masks does the same."""
-    return _cpu_attend.usable(q)
+    """Whether `choose` and `attend` can serve these queries: inference on a CPU with a compiler or on a
+    CUDA device with triton. Elsewhere `joint_attention` with masks does the same."""
+    return (_triton.usable(q) and not torch.is_grad_enabled()) or _cpu_attend.usable(q)
 
 
 def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +175,8 @@ def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, 
     q [B, T, H, dim], weights float32 [B, T, H], keys [B, E, dim], low and high int64 [B, T] -> int32 [B, T, k],
     ascending, and how many of them count, int32 [B, T].
     """
-    return _cpu_attend.choose(q, weights, keys, low, high, k)
+    backend = _triton.attend if _triton.usable(q) else _cpu_attend
+    return backend.choose(q, weights, keys, low, high, k)
 
 
 def attend(
@@ -163,4 +188,13 @@ def attend(
     q [B, T, H, d]; near [B, N, d], of which a query reads near_from <= r < near_to (int32 [B, T]); far [B, E, d], of
     which it reads low <= e < high (int64 [B, T]) or those `choose` picked; sink float32 [H]. Returns [B, T, H, d].
     """
-    return _cpu_attend.attend(q, near, near_from, near_to, far, low, high, picked, sink, scale)
+    backend = _triton.attend if _triton.usable(q) else _cpu_attend
+    return backend.attend(q, near, near_from, near_to, far, low, high, picked, sink, scale)
+
+
+def pool(kv: Tensor, gate: Tensor) -> Tensor:
+    """A compressor's pooling (eqs. 11-12, 22-23): kv, gate float32 [..., slots, dim] -> [..., dim], per channel the
+    softmax over the slots times their values. A gate may be -inf, but not all of a channel's."""
+    if _triton.usable(kv, gate):
+        return _triton.compress.pool(kv, gate)
+    return (torch.softmax(gate, -2) * kv).sum(-2)

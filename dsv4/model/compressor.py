@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import linear, rotate
+from dsv4.kernels import linear, pool, rotate
 from dsv4.model.layers import Linear, Norm, unrounded
 from dsv4.model.plan import Plan
 from dsv4.model.state import Compression
@@ -70,5 +70,4 @@ class Compressor(nn.Module):
             early = (plan.position.gather(1, entries.last) < 2 * m - 1)[..., None, None]
             kv = torch.cat((old_kv.masked_fill(early, 0), kv), 2)
             gate = torch.cat((old_gate.masked_fill(early, -torch.inf), gate), 2)
-        pooled = (torch.softmax(gate, 2) * kv).sum(2)
-        return self.round(rotate(self.norm(pooled.to(dtype)), entries.angles))
+        return self.round(rotate(self.norm(pool(kv, gate).to(dtype)), entries.angles))
