@@ -26,8 +26,14 @@ class Index:
     def __init__(self, shards: Path, own: str | None, file: Path | str = ":memory:") -> None:
         self.shards, self.own = shards, own
         self._since: dict[str, str] = {}
-        self.database = sqlite3.connect(file, isolation_level=None)
-        self.database.executescript("pragma journal_mode=wal; pragma synchronous=normal;" + TABLES)
+        try:
+            self.database = _open(file)
+        except sqlite3.OperationalError as problem:
+            raise LogFull(f"the index of the log could not be opened: {problem}") from problem
+        except sqlite3.DatabaseError:  # damaged: it says nothing that the segments do not say
+            for part in Path(file).parent.glob(f"{Path(file).name}*"):
+                part.unlink()
+            self.database = _open(file)
         for folder in self._folders():  # the newest segments may have been cut since: look at them again
             for path in segments(folder)[-1:]:
                 self._forget(folder.name, path.name)
@@ -108,6 +114,14 @@ class Index:
     def _forget(self, shard: str, name: str) -> None:
         self.database.execute("delete from frame where shard = ? and name = ?", (shard, name))
         self.database.execute("delete from segment where shard = ? and name = ?", (shard, name))
+
+
+def _open(file: Path | str) -> sqlite3.Connection:
+    """One process uses it (locking_mode), so it also works where SQLite's shared memory does not (NFS)."""
+    database = sqlite3.connect(file, isolation_level=None)
+    pragmas = "pragma locking_mode=exclusive; pragma journal_mode=wal; pragma synchronous=normal;"
+    database.executescript(pragmas + TABLES)
+    return database
 
 
 def _signed(stream: int) -> int:

@@ -167,11 +167,15 @@ class TrajectoryLog(Records):
         except OSError:
             self._lock.close()
             raise Fenced(f"another process writes the log in {own}") from None
-        self.secret = _secret(folder)
-        self.blobs = Blobs(folder / "blobs")
         self.branches: dict[int, Branch] = {}
-        self.writer = SegmentWriter(own, segment_size, sync, self._refused)
-        self.index = Index(folder / "shards", shard, folder / "shards" / f"{shard}.index")
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.close)
+            self.secret = _secret(folder)
+            self.blobs = Blobs(folder / "blobs")
+            self.writer = SegmentWriter(own, segment_size, sync, self._refused)
+            undo.callback(self.writer.close)
+            self.index = Index(folder / "shards", shard, folder / "shards" / f"{shard}.index")
+            undo.pop_all()
 
     async def open(
         self,
