@@ -56,7 +56,7 @@ class MicroVMSubstrate:
     """See base.Substrate."""
 
     name = "microvm"
-    boot_deadline = 60.0
+    boot_deadline = 120.0
     code = 32
 
     def __init__(self, home: Path) -> None:
