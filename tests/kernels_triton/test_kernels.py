@@ -64,12 +64,12 @@ def test_packed_linear(rows: int, out: int, chunks: int, more: int, form: numeri
     """FP4 and FP8 weights as they are stored, against their exact values in float64; inputs rounded alike."""
     width = 64 * chunks + (more // 2 * 2)
     x, w = normal(rows, width, dtype=dtype), packed((out, width), form, rows)
-    ours_ = ours.linear.packed_linear(x, w)
+    result = ours.linear.packed_linear(x, w)
     seen, values = numerics.rounded(x.float(), numerics.ACTIVATION).double(), w.dequantise().double()
     wanted, largest = seen @ values.T, seen.abs() @ values.abs().T  # cancellation costs digits
-    assert ours_.dtype == dtype
+    assert result.dtype == dtype
     bound = 1e-6 * largest + (0 if dtype == torch.float32 else 2**-8) * wanted.abs()
-    assert ((ours_.double() - wanted).abs() <= bound + 1e-30).all()
+    assert ((result.double() - wanted).abs() <= bound + 1e-30).all()
 
 
 @few
@@ -255,3 +255,23 @@ def test_pooling(entries: int, slots: int, dim: int) -> None:
     kv, gate = normal(2, entries, slots, dim), normal(2, entries, slots, dim, seed=1) * 3
     gate[:, 0, : slots // 2] = -torch.inf  # a first entry has no window before it
     near(ours.compress.pool(kv, gate), (torch.softmax(gate.double(), 2) * kv.double()).sum(2), torch.float32)
+
+
+def test_a_row_does_not_know_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DSV4_EXACT the same bits alone and in any batch; without it only up to rounding."""
+    monkeypatch.setattr(ours.linear, "EXACT", True)
+    x, w = normal(40, 192), packed((70, 192), numerics.FP4, 1)
+    stacks = [packed(s, numerics.FP8, i, spread=4) for i, s in enumerate([(3, 96, 192), (3, 192, 96), (3, 96, 192)])]
+    chosen = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :2].to(DEVICE)
+    weights, site = normal(40, 2).abs(), [normal(24, 192, seed=1), normal(24, seed=2), normal(3, seed=3)]
+
+    def run(part: slice) -> list[Tensor]:
+        streams = x[part].view(-1, 4, 48)
+        maps = ours.hyper_connections.hc_enter(streams, *site, 20, 1e-6, 1e-6)
+        routed = ours.experts.packed_experts(x[part], chosen[part], weights[part], *stacks, 7.0)
+        left = ours.hyper_connections.hc_leave(streams, maps[0], *maps[1:])
+        return [ours.linear.packed_linear(x[part], w), routed, *maps, left, ours.norm.rms_norm(x[part], None, 1e-6)]
+
+    whole = run(slice(None))
+    for part in (slice(0, 1), slice(3, 8), slice(39, 40)):
+        assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole))

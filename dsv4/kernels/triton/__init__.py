@@ -49,3 +49,8 @@ def usable(x: Tensor, *others: Tensor | None) -> bool:
         return False
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not wanted and all(t.device == x.device for t in tensors)
+
+
+def exact(x: Tensor, weight: Tensor) -> bool:
+    """`usable` for a product of plain matrices, which only DSV4_EXACT wants from us."""
+    return EXACT and x.dtype == weight.dtype and usable(x, weight)

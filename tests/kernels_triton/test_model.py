@@ -1,0 +1,86 @@
+"""The whole network through the Triton kernels, beside the plain torch ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsv4
+from dsv4 import kernels
+from dsv4.kernels import triton as ours
+from dsv4.kernels.cpu import library
+from dsv4.model import Transformer
+from tests.parity.configs import tiny
+
+pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton)")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = tiny(num_hidden_layers=2, compress_ratios=(4, 8), index_topk=3, num_hash_layers=1, num_nextn_predict_layers=0)
+USED = ("attend", "choose"), ("hc_enter", "hc_leave"), ("rms_norm", "rotate"), ("pool",)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Switches between "triton" and "reference"; no C++ in either."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setattr(ours, "_device", lambda: DEVICE if name == "triton" else None)
+
+    monkeypatch.setenv("DSV4_KERNELS", "reference")
+    library.library.cache_clear()
+    yield choose
+    monkeypatch.undo()
+    library.library.cache_clear()
+
+
+def logits(model: Transformer, ids: Tensor) -> Tensor:
+    """A prompt in one piece, then token by token, in float32."""
+    state = model.new_state()
+    split = ids.shape[1] - 2
+    pieces = [model(ids[:, :split], state)] + [model(ids[:, i : i + 1], state) for i in range(split, ids.shape[1])]
+    return torch.cat(pieces, 1).float()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, seen: set[str]) -> None:
+    """Notes which kernels ran."""
+    modules = (ours.attend, ours.hyper_connections, ours.norm, ours.compress, ours.linear, ours.experts)
+    for module in modules:
+        for name in ("attend", "choose", "hc_enter", "hc_leave", "rms_norm", "rotate", "pool", "linear",
+                     "packed_linear", "grouped_linear", "routed_experts", "packed_experts"):  # fmt: skip
+            if hasattr(module, name):
+                run = getattr(module, name)
+                note = lambda *a, _run=run, _name=name: (seen.add(_name), _run(*a))[1]  # noqa: E731
+                monkeypatch.setattr(module, name, note)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(kernels, "pool"), reason="the dispatch file does not know the Triton kernels yet")
+@pytest.mark.parametrize("kind", ["exact", "native"])
+def test_the_network_is_the_same(kind: str, backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Logits of prefill and decoding, with the kernels that the dispatch file chose for them."""
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    model.init_weights()
+    if kind == "native":
+        dsv4.save(model, tmp_path / "m", dtype="native")
+        model = dsv4.load(tmp_path / "m", dtype="native")
+    model = model.to(DEVICE).eval()
+    ids = torch.randint(0, CONFIG.vocab_size, (1, 22), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    backend("reference")
+    wanted = logits(model, ids)
+    seen: set[str] = set()
+    counted(monkeypatch, seen)
+    monkeypatch.setattr(ours, "EXACT", kind == "exact")
+    backend("triton")
+    found = logits(model, ids)
+    expected = {"attend", "choose", "hc_enter", "hc_leave", "rms_norm", "rotate", "pool"}
+    expected |= {"packed_experts", "packed_linear"} if kind == "native" else {"routed_experts", "linear"}
+    assert seen == expected | {"grouped_linear"}
+    bound = 0.1 if kind == "native" else 1e-5  # a rounding that falls to the other side is a step of FP8
+    assert (found - wanted).abs().max() <= bound * wanted.abs().max()
+    assert (found - wanted).abs().mean() <= bound / 10 * wanted.abs().mean()
