@@ -143,9 +143,8 @@ async def burst(edge: Edge, count: int, flight: int) -> None:
     start = time.perf_counter()
     await asyncio.gather(*(one() for _ in range(count)))
     await edge.substrate("container").close()  # the teardown belongs to the figure
-    print(
-        f"  {count} creates, {flight} in flight, with teardown: {count / (time.perf_counter() - start):.0f}/s, {failed} failed"
-    )
+    rate = count / (time.perf_counter() - start)
+    print(f"  {count} creates, {flight} in flight, with teardown: {rate:.0f}/s, {failed} failed")
 
 
 def available() -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -29,9 +30,12 @@ from dsec.types import Capabilities, Spec, Stats
 MASKED = (
     "acpi asound kcore keys key-users kmsg latency_stats sched_debug scsi sysrq-trigger timer_list timer_stats".split()
 )
-READ_ONLY = "bus fs irq sys".split()
 AGENT_CAPS = "CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER".split()
 """The agent's, over the sandbox's own ids only; the commands it runs have none."""
+HOST_FILES = [
+    f"/etc/{name}" for name in "alternatives ld.so.cache ld.so.conf ld.so.conf.d localtime mime.types".split()
+] + ["/etc/ssl/certs/ca-certificates.crt"]
+"""What the host image takes from the host's /etc: what its programs need to start, nothing that says whose it is."""
 OVERHEAD = 2  # processes: bubblewrap's monitor and the agent
 FIX = "apt-get install bubblewrap"
 
@@ -192,14 +196,13 @@ class ContainerSubstrate:
         self._walls += ["--hostname", "sandbox", "--seccomp", "4", "--cap-drop", "ALL"]
         self._walls += [part for cap in AGENT_CAPS for part in ("--cap-add", cap)]
         self._inside = ["--dev", "/dev", "--proc", "/proc"]
-        for name in READ_ONLY:
-            if Path("/proc", name).exists():
-                self._inside += ["--ro-bind", f"/proc/{name}", f"/proc/{name}"]
+        # Every mount costs a start some time. Ids inside are never the host's root, so what only root may open needs
+        # none; /proc/sys does, since owners of namespaces may write parts of it.
+        self._inside += ["--ro-bind", "/proc/sys", "/proc/sys"]
         for path in (Path("/proc", name) for name in MASKED):
-            if path.is_dir():
-                self._inside += ["--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
-            elif path.exists():
-                self._inside += ["--ro-bind", "/dev/null", str(path)]
+            if path.exists() and path.stat().st_mode & 0o006:
+                hide = ["--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
+                self._inside += [*hide, str(path)]
         if not self.groups.limits:
             self._inside += ["--size", str(64 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
 
@@ -450,14 +453,11 @@ def _host_image(cache: Path) -> tuple[Path, list[str]]:
             links[name] = os.readlink(path)
         elif path.is_dir():
             mounts += ["--ro-bind", str(path), str(path)]
-    if Path("/etc/alternatives").is_dir():
-        mounts += ["--ro-bind", "/etc/alternatives", "/etc/alternatives"]
-    layer = cache / "host-1"
+    stamps = [os.stat(path).st_mtime_ns for path in HOST_FILES if os.path.exists(path)]
+    layer = cache / f"host-{hashlib.sha256(repr((stamps, mounts, links)).encode()).hexdigest()[:16]}"
     if not layer.exists():
         scratch = cache / f"host.{os.getpid()}"
-        for name in (
-            "usr etc/alternatives root home/user tmp var/tmp var/log var/lib var/cache run opt srv mnt dev proc".split()
-        ):
+        for name in "usr etc root home/user tmp var/tmp var/log var/lib var/cache run opt srv mnt dev proc".split():
             (scratch / name).mkdir(parents=True)
         for name in ("tmp", "var/tmp"):
             (scratch / name).chmod(0o1777)
@@ -476,18 +476,11 @@ def _host_image(cache: Path) -> tuple[Path, list[str]]:
         }
         for name, text in texts.items():
             (scratch / "etc" / name).write_text(text)
-        for name in (
-            "ld.so.cache",
-            "ld.so.conf",
-            "ld.so.conf.d",
-            "localtime",
-            "ssl/certs/ca-certificates.crt",
-            "mime.types",
-        ):
-            source, target = Path("/etc", name), scratch / "etc" / name
+        for source in map(Path, HOST_FILES):
+            target = scratch / source.relative_to("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
-                shutil.copytree(source, target)
+                shutil.copytree(source, target, symlinks=True)
             elif source.exists():
                 shutil.copy(source, target)
         if os.geteuid() == 0:
