@@ -396,6 +396,8 @@ class VirtualMachine:
     async def snapshot(self, target: Path) -> None:
         if self.machine.end.done():
             raise SandboxFailed(f"it is dead: {self.machine.end.result()}")
+        if target.exists():
+            raise FileExistsError(f"{target} is there already")
         async with self._lock:
             scratch = target.with_name(target.name + ".part")
             await asyncio.to_thread(shutil.rmtree, scratch, True)

@@ -132,7 +132,7 @@ def test_4_5_9_bombs_and_daemons_end_with_the_machine(bench: Bench) -> None:
 def test_7_the_disk_is_capped(bench: Bench) -> None:
     async def work() -> None:
         machine = await bench.create()
-        _, out = await shell(machine, "dd if=/dev/zero of=/fill bs=1M count=60; wc -c < /fill")
+        _, out = await shell(machine, "dd if=/dev/zero of=/fill bs=1M count=40; wc -c < /fill")
         assert "No space left" in out and int(out.split()[-1]) <= SPEC.disk << 20
         await machine.destroy()
 
