@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class EdgeActor:
                     env=self._env,
                     start_new_session=True,
                 )
+            with suppress(PermissionError):  # Ray's workers run at nice 15, and an Edge is no background job
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
         return self.status()
 
     def status(self) -> dict[str, Any]:

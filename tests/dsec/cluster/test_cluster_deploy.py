@@ -87,7 +87,7 @@ def test_one_edge_per_node_of_a_real_ray(tmp_path: Path) -> None:
         store = f"sqlite:{tmp_path}/cluster.db"
         first = up(store, home=str(tmp_path / "home"))
         assert len(first) == 1
-        opened, end = open_store(store), time.monotonic() + 60
+        opened, end = open_store(store), time.monotonic() + 120
         while not (edges := [edge for edge in opened.edges() if edge.up]):
             assert time.monotonic() < end, (tmp_path / "home" / "node.log").read_text()
             time.sleep(0.2)
