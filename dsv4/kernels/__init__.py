@@ -56,7 +56,7 @@ def hc_enter(
 def stream_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     """What a site's maps are made of; `reference.stream_logits` is the specification."""
     v = streams.flatten(-2).float()
-    return linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+    return linear(v, fn, wide=True) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
 
 
 def collapse(streams: Tensor, weight: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ import dsv4.model.moe as moe
 from dsv4.checkpoint.experts import StreamedStack, parse_bytes
 from dsv4.checkpoint.layouts import home
 from dsv4.cli.inspect import examine
-from dsv4.kernels.cpu.library import library
 from dsv4.model import Transformer
 from dsv4.model.costs import tensors
 from dsv4.model.layers import unrounded
@@ -218,14 +217,7 @@ def test_streamed_experts_change_no_bit(release: Path, tokens: Tensor, experts_h
     assert (cache.misses == missed) == (experts_held == 100)
 
 
-_HOLDS_ALL = pytest.mark.xfail(
-    library() is not None,
-    strict=True,
-    reason="the C++ packed_experts keeps every expert of one call until the product is done",
-)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=_HOLDS_ALL)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_experts_stay_within_their_room(
     release: Path, tokens: Tensor, dtype: torch.dtype, monkeypatch: Patch
 ) -> None:

@@ -51,5 +51,5 @@ def attend(
         rows, stride = (far, chosen, count, low.contiguous(), high.contiguous()), far.stride(0)
         k = 0 if picked is None else picked[0].shape[-1]
     sizes = (batch, tokens, heads, dim, near.shape[1], stride, k)
-    call("attend", q.dtype, q, near, near_from, near_to, *rows, sink, out, *sizes, scale)
+    call("attend", q.dtype, q, near, near_from, near_to, *rows, sink.float(), out, *sizes, scale)
     return out

@@ -124,4 +124,4 @@ def joint_attention(
     q: Tensor, near: Tensor, near_mask: Tensor, far: Tensor | None, far_mask: Tensor | None, sink: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """See the reference of the same name; the returned probabilities have q's dtype."""
-    return run(_Joint, q.contiguous(), near, near_mask, far, far_mask, sink, scale)
+    return run(_Joint, q.contiguous(), near, near_mask, far, far_mask, sink.float(), scale)

@@ -138,7 +138,8 @@ def hc_enter(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the reference of the same name."""
-    return run(_Enter, streams, fn.contiguous(), base, scale, iterations, rms_eps, eps)
+    fn, base, scale = (t.float().contiguous() for t in (fn, base, scale))  # a model may have been cast as a whole
+    return run(_Enter, streams, fn, base, scale, iterations, rms_eps, eps)
 
 
 def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ void linear(const typename W::X* x, const void* elements, const void* scale, T* 
 }
 
 // out [M, D] += sum over a token's experts of W2 (weight * swiglu(W1 x, W3 x)); owner, weight [M, K]. at[6 e ...]: where expert e has
-// the elements of w1, w2, w3 and their scales. Each token adds its experts in ascending order of their number, in float32.
+// the elements of w1, w2, w3 and their scales, or null: then the expert is not here, and its pairs wait for another call. Each token adds its experts in ascending order of their number, in float32.
 template <class W>
 void experts(const typename W::X* x, const float* weight, const int64_t* owner, const void* const* at, float* out, long M, long K, long E,
              long D, long I, float limit) {
@@ -87,7 +87,7 @@ void experts(const typename W::X* x, const float* weight, const int64_t* owner, 
     std::vector<Part> parts;
     const long columns = M * K < 4 * BLOCK ? std::max<long>(1, I / 64) : 1;  // few rows: threads share an expert
     for (long e = 0; e < E; e++)
-        for (long m = start[e]; m < start[e + 1]; m += BLOCK)
+        for (long m = start[e]; m < start[e + 1] && at[6 * e]; m += BLOCK)
             for (long c = 0; c < columns; c++)
                 parts.push_back({e, m, std::min(m + BLOCK, start[e + 1]), I * c / columns & ~15L,
                                  c + 1 == columns ? I : I * (c + 1) / columns & ~15L});
@@ -132,7 +132,7 @@ void experts(const typename W::X* x, const float* weight, const int64_t* owner, 
         for (long c = 0; c < wide; c++) {
             long n0 = D * c / wide & ~15L, n1 = c + 1 == wide ? D : D * (c + 1) / wide & ~15L;
             for (long e = 0; e < E; e++) {
-                if (start[e] == start[e + 1]) continue;
+                if (start[e] == start[e + 1] || !at[6 * e]) continue;
                 product([=](long m) { return second + m * I; }, W(at[6 * e + 1], at[6 * e + 4], I), start[e], start[e + 1], n0, n1,
                         [=](long m, long n, const float* s, long count) {
                             for (long i = 0; i < count; i++) out[pair[m] / K * D + n + i] += s[i];

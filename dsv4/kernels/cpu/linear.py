@@ -75,10 +75,13 @@ def _places(*stacks: Tensor) -> Tensor:
     return starts + steps * torch.arange(stacks[0].shape[0])[:, None]
 
 
-def _experts(name: str, x: Tensor, experts: Tensor, weights: Tensor, table: Tensor, inner: int, limit: float) -> Tensor:
+def _experts(
+    name: str, x: Tensor, experts: Tensor, weights: Tensor, table: Tensor, inner: int, limit: float,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     rows, choices = experts.shape
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
-    out = torch.zeros(rows, x.shape[-1])
+    out = torch.zeros(rows, x.shape[-1]) if out is None else out
     call(name, x.dtype, x, weights, experts, table, out, rows, choices, len(table), x.shape[-1], inner, limit)
     return out
 
@@ -138,18 +141,19 @@ def expanded(weight: Packed) -> Tensor:
 
 
 def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
-    """See `numerics.packed_experts`; a streamed stack gives only the experts that are asked for, which stay until the
-    product is done."""
-    rows, held = rounded(x), []
+    """See `numerics.packed_experts`. A streamed stack is asked for the chosen experts alone, at most ``w1.room`` at a
+    time; in rising order, so that the sums are those of one call."""
+    rows = rounded(x)
     if isinstance(w1, Packed):
         scales = [powers(w) for w in (w1, w2, w3)]
         table = _places(w1.elements, w2.elements, w3.elements, *(s for s in scales if s is not None))
         return _experts(f"experts_{_name(w1)}", rows, experts, weights, table, w1.shape[1], limit)
-    table = torch.zeros(w1.shape[0], 6, dtype=torch.int64)
-    for e in experts.unique().tolist():
-        one = [w[e] for w in (w1, w2, w3)]
-        scales = [powers(w) for w in one]
-        held.append((one, scales))
-        pointers = [w.elements.data_ptr() for w in one] + [s.data_ptr() for s in scales if s is not None]
-        table[e] = torch.tensor(pointers)
-    return _experts(f"experts_{_name(one[0])}", rows, experts, weights, table, w1.shape[1], limit)
+    out = torch.zeros(*x.shape)
+    for group in experts.unique().split(w1.room):
+        table, held = torch.zeros(w1.shape[0], 6, dtype=torch.int64), []
+        for e in group.tolist():
+            one = [w[e] for w in (w1, w2, w3)]
+            held.append([*(w.elements for w in one), *(p for w in one if (p := powers(w)) is not None)])
+            table[e] = torch.tensor([t.data_ptr() for t in held[-1]])
+        _experts(f"experts_{_name(one[0])}", rows, experts, weights, table, w1.shape[1], limit, out)
+    return out

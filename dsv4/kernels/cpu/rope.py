@@ -62,7 +62,7 @@ class _Rotate(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See the reference of the same name."""
-    return run(_Norm, x, weight, eps)
+    return run(_Norm, x, None if weight is None else weight.float(), eps)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
