@@ -202,6 +202,12 @@ class Edge:
                 reason=f"isolation {isolation} < {spec.isolation_min}",
                 fix="choose another substrate, or lower isolation_min",
             )
+        if spec.network != "none" and not substrate.capabilities.network:
+            raise SubstrateUnavailable(
+                f"a {spec.substrate} has no network here; {', '.join(spec.network)} cannot be reached from it",
+                reason="network policies are not available for this substrate",
+                fix='network="none"',
+            )
         await self._self_test(substrate)
         id = f"sb-{secrets.token_hex(8)}"
         folder = self.home / "sandboxes" / id

@@ -243,7 +243,7 @@ def test_images_from_a_folder(host: Host, tmp_path: Path) -> None:
     (tmp_path / "marker").write_text("of the image")
     if host.uid != os.geteuid():
         for path in (tmp_path, *tmp_path.rglob("*")):
-            os.chown(path, host.uid, -1, follow_symlinks=False)
+            os.chown(path, host.uid, host.uid, follow_symlinks=False)
     with host.create(image=str(tmp_path)) as box:
         assert box.commands.run("busybox cat /marker; busybox ls /").stdout.startswith("of the image")
         box.commands.run("echo changed > /marker")
@@ -264,6 +264,8 @@ def test_users(root_host: Host, host: Host) -> None:
 def test_what_is_asked_for_is_never_lowered(host: Host) -> None:
     with pytest.raises(SubstrateUnavailable, match="isolation level 2"):
         host.create(isolation_min=4)
+    with pytest.raises(SubstrateUnavailable, match="no network"):
+        host.create(network=["pypi.org"])
     with pytest.raises(InvalidRequest, match="did you mean 'memory'"):
         host.create(memroy=100)
     with pytest.raises(InvalidRequest):
