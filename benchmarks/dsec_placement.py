@@ -1,4 +1,4 @@
-"""Placement decisions per second of processor time: two choices with image affinity, 2,000 hosts filled to 300,000, churned.
+"""Placement decisions per second of processor time: two choices with image affinity, 2,000 hosts, 300,000 live.
 
 The peer in the same run is a plain scan for the least loaded host, what a scheduler without draws does.
 

@@ -123,7 +123,8 @@ class DsecRuntime(AbstractRuntime):
 
     @classmethod
     async def create(cls, **spec: Any) -> Self:
-        return cls(await AsyncSandbox.create(**{"substrate": "container", "timeout": 3600.0} | spec))
+        wanted: dict[str, Any] = {"substrate": "container", "timeout": 3600.0} | spec
+        return cls(await AsyncSandbox.create(**wanted))
 
     async def is_alive(self, *, timeout: float | None = None) -> IsAliveResponse:
         alive = await self.box.is_running()

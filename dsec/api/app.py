@@ -109,7 +109,10 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/sandboxes", status_code=201)
     async def create(body: Body, request: Request, user: User, priority: int = 0, wait: float | None = None) -> Any:
-        """The body is a `Spec`. The header Idempotency-Key makes it repeatable."""
+        """The body is a `Spec`. The header Idempotency-Key makes it repeatable. A priority above 0 goes before others
+        and may end them, so it needs an administrator's key."""
+        if priority > 0 and not user.admin:
+            raise Forbidden("a priority above 0 needs an administrator's key")
         if name := request.headers.get("idempotency-key"):
             body = body | {"idempotency_key": name}
         return (await service.create(user.project, Spec.from_dict(body), priority, wait=wait)).as_dict()
@@ -190,7 +193,8 @@ def make_app(service: Service) -> FastAPI:
     # Seeing
 
     @app.get("/metrics")
-    async def prometheus() -> Response:
+    async def prometheus(user: Admin) -> Response:
+        """It names projects, so it needs an administrator's key (in Prometheus: authorization, credentials)."""
         return PlainTextResponse(await metrics(service), media_type="text/plain; version=0.0.4")
 
     @app.get("/health")

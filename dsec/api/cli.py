@@ -11,7 +11,13 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="The API server.", no_args_is_help=True)
+app = typer.Typer(
+    help="The API server.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 def start_node(home: Path, store: str, name: str = "", listen: str = "", seconds: float = 60.0) -> None:
@@ -48,8 +54,9 @@ def serve(
 
     The first start makes the project "default" and prints an administrator's key, once.
 
+    \b
     Example:
-        dsec serve --port 8700
+      dsec serve --port 8700
     """
     import uvicorn
 
@@ -82,8 +89,9 @@ def key(
 ) -> None:
     """Makes a project and prints a new key for it.
 
+    \b
     Example:
-        dsec api key team-a --max-live 500
+      dsec key team-a --max-live 500
     """
     from dsec.api.service import new_key
     from dsec.cluster.store import Project, open_store

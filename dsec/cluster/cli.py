@@ -11,7 +11,13 @@ import typer
 if TYPE_CHECKING:
     from dsec.cluster.simulator import World
 
-app = typer.Typer(help="Many hosts: simulate, start.", no_args_is_help=True)
+app = typer.Typer(
+    help="Many hosts: simulate, start.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.command()
@@ -28,8 +34,9 @@ def simulate(
 
     Exits with 1 if any property was violated: no double run, no leak, one end for every create, recovery, caps.
 
+    \b
     Example:
-        dsec cluster simulate --live 300000 --hosts 2000 --life 1000
+      dsec cluster simulate --live 300000 --hosts 2000 --life 1000
     """
     from dsec.cluster.simulator import FAULTS, Scene, table
     from dsec.cluster.simulator import simulate as play
@@ -74,8 +81,9 @@ def up(
 
     For Kubernetes apply the manifest that comes with the package, dsec/cluster/kubernetes.yaml.
 
+    \b
     Example:
-        dsec cluster up --ray --store postgresql://dsec@db/dsec
+      dsec cluster up --ray --store postgresql://dsec@db/dsec
     """
     import os
 
@@ -95,8 +103,9 @@ def up(
 def down() -> None:
     """Ends the Edges that `up --ray` started; their sandboxes end with their leases.
 
+    \b
     Example:
-        dsec cluster down
+      dsec cluster down
     """
     from dsec.cluster.ray import down as stop
 

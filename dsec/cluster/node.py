@@ -1,8 +1,8 @@
 """An Edge in a cluster: the host's `Edge` with a `Member` beside it, serving API servers by cluster ids.
 
-Start it by `dsec edge --store URL` or `python -m dsec.cluster.node`. It takes the same lock as an Edge that serves the
-SDK on its own, so a folder has one Edge. Everything passes `call` and `stream`, which look at the lease first: an Edge
-that lost it answers nothing, destroys its sandboxes and joins anew.
+`dsec serve` and `dsec cluster up` start it; by hand it is `python -m dsec.cluster.node --store URL`. It takes the same
+lock as an Edge that serves the SDK on its own, so a folder has one Edge. Everything passes `call` and `stream`, which
+look at the lease first: an Edge that lost it answers nothing, destroys its sandboxes and joins anew.
 """
 
 from __future__ import annotations

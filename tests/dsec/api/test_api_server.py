@@ -211,10 +211,29 @@ def test_a_sandbox_that_ends_by_itself_says_how(cluster: Cluster) -> None:
         assert red.get(f"/v1/sandboxes/{id}").status_code == 404
 
 
+def test_an_urgent_create_ends_a_less_important_one(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsec.api.service.NOTICE", 0.5)
+    with cluster.client(cluster.blue) as blue, cluster.client(cluster.admin) as admin:
+        full = [create(blue, memory=60_000)["id"] for _ in range(2)]
+        urgent = {"params": {"priority": 5}, "json": SPEC | {"memory": 60_000}}
+        assert blue.post("/v1/sandboxes", **urgent).status_code == 403, "not everybody may end others"
+        made = admin.post("/v1/sandboxes", **urgent)
+        assert made.status_code == 201, made.text
+        rows = [cluster.store.get("blue", id) for id in full]
+        assert sorted(row.state for row in rows if row) == ["live", "preempted"]
+        lost = next(row.id for row in rows if row and row.state == "preempted")
+        time.sleep(2.1)  # what a server believes of a sandbox
+        gone = blue.get(f"/v1/sandboxes/{lost}")
+        assert gone.status_code == 410 and gone.json()["error"] == "Preempted"
+        kill_all(blue)
+        kill_all(admin)
+
+
 def test_prometheus_reads_it(cluster: Cluster) -> None:
-    with cluster.client(cluster.red) as red:
+    with cluster.client(cluster.red) as red, cluster.client(cluster.admin) as admin:
         create(red)
-        text = red.get("/metrics").text
+        assert red.get("/metrics").status_code == 403
+        text = admin.get("/metrics").text
         kill_all(red)
     for line in text.splitlines():
         if not line.startswith("#"):
