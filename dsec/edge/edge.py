@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsec.edge.box import Box, Command, recorded, unrecorded
+from dsec.edge.files import FileOperations, sync_tree
 from dsec.edge.pool import Pool
 from dsec.errors import (
     Capacity,
@@ -43,7 +44,7 @@ ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "
 Answer = dict[str, Any]
 
 
-class Edge:
+class Edge(FileOperations):
     """See the module. `start` adopts what an earlier Edge left; `stop` ends this process's part, not the sandboxes."""
 
     def __init__(self, home: Path, host: str = "", max_live: int | None = None) -> None:
@@ -197,17 +198,11 @@ class Edge:
         levels = getattr(substrate, "isolation", None)  # a substrate of several variants
         isolation = levels(spec) if levels else substrate.capabilities.isolation
         if isolation < spec.isolation_min:
-            raise SubstrateUnavailable(
-                f"{spec.substrate} gives isolation level {isolation} here, {spec.isolation_min} was asked for",
-                reason=f"isolation {isolation} < {spec.isolation_min}",
-                fix="choose another substrate, or lower isolation_min",
-            )
+            text = f"{spec.substrate} gives isolation level {isolation} here, {spec.isolation_min} was asked for"
+            raise SubstrateUnavailable(text, reason=text, fix="another substrate, or a lower isolation_min")
         if spec.network != "none" and not substrate.capabilities.network:
-            raise SubstrateUnavailable(
-                f"a {spec.substrate} has no network here; {', '.join(spec.network)} cannot be reached from it",
-                reason="network policies are not available for this substrate",
-                fix='network="none"',
-            )
+            text = f"a {spec.substrate} has no network here; {', '.join(spec.network)} cannot be reached from it"
+            raise SubstrateUnavailable(text, reason="no network policies here", fix='network="none"')
         await self._self_test(substrate)
         id = f"sb-{secrets.token_hex(8)}"
         folder = self.home / "sandboxes" / id
@@ -350,7 +345,7 @@ class Edge:
         scratch = self.snapshots / f".{name}"
         await box.alive().snapshot(scratch)
         (scratch / "meta.json").write_text(json.dumps({"image": box.spec.image, "substrate": box.spec.substrate}))
-        await asyncio.to_thread(_sync, scratch)
+        await asyncio.to_thread(sync_tree, scratch)
         os.rename(scratch, self.snapshots / name)
         return {"snapshot": name}
 
@@ -600,84 +595,3 @@ class Edge:
         process = self._box(id).command(command).process
         assert process is not None
         process.resize(rows, columns)
-
-    # files: resolved inside the sandbox by its agent
-
-    async def op_files_read(self, id: str, path: str, offset: int = 0, size: int = 1 << 28) -> bytes:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            return {"data": await box.alive().agent.read(path, offset, size)}
-
-        answer = await self._logged(box, "files.read", {"path": path, "offset": offset, "size": size}, act, True)
-        value = answer["data"]
-        return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
-
-    async def op_files_write(
-        self, id: str, path: str, mode: int = 0o644, append: bool = False, data: bytes = b""
-    ) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.write(path, data, mode, append)
-            return {"size": len(data)}
-
-        args = {"path": path, "mode": mode, "append": append, "data": data}
-        return await self._logged(box, "files.write", args, act, idempotent=not append)
-
-    async def op_files_list(self, id: str, path: str) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            return {"entries": [entry.as_dict() for entry in await box.alive().agent.list(path)]}
-
-        return await self._logged(box, "files.list", {"path": path}, act, True)
-
-    async def op_files_get_info(self, id: str, path: str) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            return (await box.alive().agent.stat(path)).as_dict()
-
-        return await self._logged(box, "files.get_info", {"path": path}, act, True)
-
-    async def op_files_remove(self, id: str, path: str) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.remove(path)
-            return {}
-
-        return await self._logged(box, "files.remove", {"path": path}, act)
-
-    async def op_files_rename(self, id: str, path: str, to: str) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.rename(path, to)
-            return {}
-
-        return await self._logged(box, "files.rename", {"path": path, "to": to}, act)
-
-    async def op_files_make_dir(self, id: str, path: str) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.make_dir(path)
-            return {}
-
-        return await self._logged(box, "files.make_dir", {"path": path}, act, True)
-
-
-def _sync(folder: Path) -> None:
-    """Makes a small finished tree durable: its files, then its folders."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            path = os.path.join(root, name)
-            if os.path.isfile(path) and not os.path.islink(path):
-                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-                os.fsync(fd)
-                os.close(fd)
-    fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
