@@ -110,7 +110,7 @@ def main() -> None:
         "gzip -9": {name: 8.0 * len(gzip.compress(file, 9)) for name, file in data.items()},
         "xz -9e": {name: 8.0 * len(lzma.compress(file, preset=extreme)) for name, file in data.items()},
     }
-    model = dsv4.load(options.model, dtype="float32", device=options.device)
+    model = dsv4.load(options.model, dtype="auto", device=options.device)
     tokenizer = dsv4.load_tokenizer(options.model)
     started = time.time()
     for context in options.context or [model.config.max_position_embeddings]:

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder for tasks.json and tasks.md")
     options = parser.parse_args()
-    model = dsv4.load(options.model, dtype="float32", device=options.device).eval()
+    model = dsv4.load(options.model, dtype="auto", device=options.device).eval()
     tokenizer = dsv4.load_tokenizer(options.model)
     items = [item for family in options.families for item in evaluation_items(family, options.items, options.seed)]
     started = time.time()

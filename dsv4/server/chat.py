@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Service:
         self.engine, self.name, self.dialect, self.need_reasoning = engine, name, dialect, need_reasoning
         self.models = [name, *(alias for alias in aliases if alias != name)]
         self.sampling = {"temperature": 1.0, "top_p": 1.0} | (sampling or {})
-        self.parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+        packed = (math.prod(getattr(module, "shape", (0,))) for module in engine.model.modules())  # FP4, FP8, on disk
+        self.parameters = sum(parameter.numel() for parameter in engine.model.parameters()) + sum(packed)
         about = json.dumps([name, dialect, engine.config.to_dict()], sort_keys=True)
         self.fingerprint = f"fp_{hashlib.sha256(about.encode()).hexdigest()[:10]}_dsv4"
 

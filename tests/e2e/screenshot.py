@@ -15,6 +15,8 @@ from scripted import running
 
 from dsv4.server import Service
 
+ASKED = ("What is 47 + 85?", "Which is larger, 9.9 or 9.11?")
+CALCULATED = ("What is 38 * 64?", "Compute 512 - 77.")
 IDLE = "document.querySelector('#go').textContent === 'Send'"
 
 
@@ -23,14 +25,15 @@ def main(model: str, folder: str) -> None:
         for dark in (False, True):
             with Browser(url, width=900, height=840, dark=dark) as page:
                 page.until("model.id")
-                for turn, (text, calculator) in enumerate((("What is 38 * 64?", True), ("What is 47 + 85?", False))):
-                    page.click("#calculator")  # on for the first turn, off again for the second
+                if dark:
+                    page.click("#calculator")
+                for turn, text in enumerate(CALCULATED if dark else ASKED):
                     page.click("#input")
                     page.type(text)
                     page.press("Enter")
                     page.until(f"{IDLE} && document.querySelectorAll('.foot').length > {turn}", 300)
-                    if not calculator:
-                        page.evaluate("[...document.querySelectorAll('summary')].at(-1).click()")
+                    if turn == 0:
+                        page.click("summary")
                 page.evaluate("document.querySelector('main').scrollTop = 0")
                 page.screenshot(Path(folder, f"chat{'-dark' * dark}.png"))
                 assert page.complaints == [], page.complaints
