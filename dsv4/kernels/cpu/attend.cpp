@@ -130,7 +130,7 @@ void choose(const S* q, const float* weight, const S* keys, const int64_t* low, 
     const long w = words<S>(dim), blocks = (E + 15) / 16, wide = blocks * 16;
     // Many queries: a thread takes whole queries. Few: threads share the entries of each.
     const bool shared = B * T < 8;
-#pragma omp parallel if (E * H * dim * B * T > 100000)
+#pragma omp parallel if (E * H * dim * B * T > 2000000)
     {
         for (long b = 0; b < B; b++) {
             const S* first = keys + b * key_stride;
@@ -243,7 +243,7 @@ void attend(const S* q, const S* near, const int32_t* near_from, const int32_t* 
     const long groups = (H + HEADS - 1) / HEADS, w = words<S>(d);
     const bool split = B * T < 16;  // few queries: threads share the heads of each
     const long tasks = B * T * (split ? groups : 1);
-#pragma omp parallel for schedule(dynamic, split ? 1 : 8) if (tasks > 1)
+#pragma omp parallel for schedule(dynamic, split ? 1 : 8) if (B * T * H * d > 16384)
     for (long task = 0; task < tasks; task++) {
         const long at = split ? task / groups : task, b = at / T;
         long n = near_to[at] - near_from[at];

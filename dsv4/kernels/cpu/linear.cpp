@@ -59,7 +59,7 @@ inline void product(Row row, const W& w, long m0, long m1, long n0, long n1, Emi
 template <class W, class T>
 void linear(const typename W::X* x, const void* elements, const void* scale, T* y, long M, long N, long K, long G) {
     long work = M * N * K * G, columns = N >= 64 && M < 4 * BLOCK ? std::max<long>(1, N / 64) : 1, rows = (M + BLOCK - 1) / BLOCK;
-#pragma omp parallel for collapse(3) schedule(dynamic) if (work > 100000)
+#pragma omp parallel for collapse(3) schedule(dynamic) if (work > 2000000)
     for (long g = 0; g < G; g++)
         for (long c = 0; c < columns; c++)
             for (long m = 0; m < rows; m++) {
@@ -94,7 +94,7 @@ void experts(const typename W::X* x, const float* weight, const int64_t* owner, 
     std::vector<S> hidden(M * K * I), rounded(packed ? M * K * I : 0);
     const long* pair = place.data();
     S *h = hidden.data(), *second = packed ? rounded.data() : h;
-#pragma omp parallel if (M * K * D * I > 30000)
+#pragma omp parallel if (M * K * D * I > 700000)
     {
         std::vector<S> gate(BLOCK * I);
         S* g = gate.data();
@@ -181,10 +181,10 @@ extern "C" void expand_fp4_bf16(const void* w, const void* scale, bf16* out, lon
 extern "C" void expand_fp8_bf16(const void* w, const void* scale, bf16* out, long N, long K) { expand<Fp8>(w, scale, out, N, K); }
 
 extern "C" void round_rows_f32(const float* x, bf16* out, long M, long K) {
-#pragma omp parallel for if (M * K > 100000)
+#pragma omp parallel for if (M * K > 1000000)
     for (long m = 0; m < M; m++) round_row(x + m * K, out + m * K, K);
 }
 extern "C" void round_rows_bf16(const bf16* x, bf16* out, long M, long K) {
-#pragma omp parallel for if (M * K > 100000)
+#pragma omp parallel for if (M * K > 1000000)
     for (long m = 0; m < M; m++) round_row(x + m * K, out + m * K, K);
 }
