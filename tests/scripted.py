@@ -41,6 +41,9 @@ class ScriptedModel:
     def parameters(self) -> list[Tensor]:
         return [torch.zeros(3)]
 
+    def modules(self) -> list[object]:
+        return []
+
     def new_state(self, batch: int) -> dict[Any, Any]:
         return {"ids": []}
 
