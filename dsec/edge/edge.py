@@ -80,7 +80,7 @@ class Edge(FileOperations):
         for substrate in self._substrates.values():
             await substrate.close()
         if self.log is not None:
-            await asyncio.to_thread(self.log.close)
+            self.log.close()  # here: SQLite wants the thread that opened it
 
     def substrate(self, name: str) -> base.Substrate:
         if name not in self._substrates:

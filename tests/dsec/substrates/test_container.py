@@ -287,4 +287,7 @@ def test_a_sandbox_whose_agent_is_killed_fails_with_a_reason(root_host: Host) ->
             continue
     with pytest.raises((SandboxFailed, NotFound)):
         box.commands.run("true")
+    deadline = time.monotonic() + 5  # the Edge may still be clearing up behind it
+    while box.is_running() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not box.is_running()
