@@ -58,7 +58,7 @@ class Spec(Record):
     """MiB the sandbox may write."""
     pids: int = 256
     network: str | tuple[str, ...] = "none"
-    """"none", or a tuple of host names and addresses ("pypi.org", "*.debian.org", "10.1.2.3:443") it may reach."""
+    """"none", or a tuple of host names and addresses ("example.org", "*.example.net", "10.1.2.3:443") it may reach."""
     env: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     user: str = "root"
