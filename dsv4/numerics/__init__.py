@@ -9,6 +9,7 @@ from dsv4.numerics.recast import Recast, recast
 from dsv4.numerics.rows import hadamard, index_row, kv_row, pack_index, pack_kv, unpack_index, unpack_kv
 from dsv4.numerics.training import (
     deployed_weight,
+    fp4_values,
     quantisation_aware,
     straight_through,
     trained_index_row,
@@ -30,6 +31,7 @@ __all__ = [
     "Stack",
     "deployed_weight",
     "dequantise",
+    "fp4_values",
     "hadamard",
     "index_row",
     "kv_row",

@@ -13,12 +13,15 @@ from dsv4.training.schedule import Schedule, StepPlan
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A preset with changed fields, or the folder of a model to start from (its tokenizer comes along)."""
+    """A preset with changed fields, or the folder of a model to start from (its tokenizer comes along). ``qat`` "fp4":
+    the forward pass sees routed experts and index rows as the released formats hold them (report 5.2.1); what is saved
+    are the masters."""
 
     preset: str = "nano"
     changes: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    qat: Literal["fp4"] | None = None
 
     def config(self) -> Config:
         """The network's config. Raises ValueError for unknown presets and fields."""

@@ -23,6 +23,7 @@ from dsv4.common.runconfig import load as read_recipe
 from dsv4.common.runconfig import resolved
 from dsv4.common.seeds import derive
 from dsv4.model import Transformer
+from dsv4.numerics import quantisation_aware
 from dsv4.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from dsv4.training.feed import Feed
 from dsv4.training.losses import Batch, components
@@ -124,9 +125,11 @@ class Trainer:
     def _new_model(self) -> Transformer:
         settings = self.recipe.model
         if settings.start:
-            return load(settings.start, settings.dtype, self.device)
-        model = Transformer(settings.config(), dtype=getattr(torch, settings.dtype))
-        return model.init_weights(derive(self.recipe.seed, "weights")).to(self.device)
+            model = load(settings.start, settings.dtype, self.device)
+        else:
+            model = Transformer(settings.config(), dtype=getattr(torch, settings.dtype))
+            model.init_weights(derive(self.recipe.seed, "weights")).to(self.device)
+        return quantisation_aware(model) if settings.qat else model
 
     def advance(self) -> dict[str, Any]:
         """Trains one step and returns its metrics."""
@@ -208,6 +211,7 @@ class Trainer:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "dtype": self.recipe.model.dtype,
+            "qat": self.recipe.model.qat,
             "data": self.feed.facts(),
             "versions": {"dsv4": dsv4.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }

@@ -11,6 +11,7 @@ from dsv4.numerics import (
     FP8_BASE,
     deployed_weight,
     dequantise,
+    fp4_values,
     hadamard,
     index_row,
     quantise,
@@ -89,6 +90,34 @@ def test_gradient_of_the_fp8_weight_is_the_masters() -> None:
     leaf = deployed_weight(master.detach()).requires_grad_()
     (x @ leaf.T).square().sum().backward()
     assert torch.equal(master.grad, leaf.grad) and bool(master.grad.ne(0).all())  # type: ignore[arg-type, union-attr]
+
+
+@pytest.mark.parametrize("spread", [0, 3, 12, 20, 60])
+@pytest.mark.parametrize("shape", [(128, 128), (257, 96), (3, 130, 64), (5, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_sees_the_bytes_of_deployment(spread: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The arithmetic of training against quantising, recasting and expanding: to the bit and the sign of zero, also
+    where FP8 cannot hold the FP4 scales of a block."""
+    generator = torch.Generator().manual_seed(spread)
+    x = torch.randn(shape, generator=generator)
+    x *= torch.exp2((torch.rand((*shape[:-1], 1), generator=generator) - 0.5) * spread)
+    x[..., 0, :] = 0
+    x[..., 1, :8] = torch.tensor([6, 0.25, 0.75, 1.25, -1.75, -2.5, 3.5, -5])  # every tie
+    x = x.to(dtype)
+    four = quantise(x, FP4)
+    eight = recast(*four)
+    assert eight.exact or eight.ratio > REACH["largest"]
+    values = dequantise(*four, FP4, dtype)
+    assert torch.equal(fp4_values(x), values) and torch.equal(fp4_values(x).signbit(), values.signbit())
+    assert torch.equal(deployed_weight(x), dequantise(eight.elements, eight.scale, FP8, dtype))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows(bad: float) -> None:
+    x = torch.ones(130, 96)
+    x[129, 70] = bad
+    for seen in (fp4_values(x), deployed_weight(x)):
+        assert bool(seen[129, 64:].isnan().all()) and bool(seen[:128].eq(1).all()) and bool(seen[129, :64].eq(1).all())
 
 
 def test_index_rows_pass_gradients_through_the_transform() -> None:
