@@ -34,6 +34,19 @@ def _cpu() -> dict[str, Any]:
     return {"name": name, "cores": usable, "features": [flag for flag in CPU_FLAGS if flag in flags]}
 
 
+def _kernels(problems: list[str]) -> dict[str, Any]:
+    """What the hot operations run on: C++ for which instructions (DSV4_ISA forces one), or plain torch."""
+    from dsv4.kernels.cpu.isa import choose
+    from dsv4.kernels.cpu.library import levels, library
+
+    try:
+        if library() is not None:
+            return {"backend": "C++", "isa": choose(levels()), "available": levels()}
+    except ValueError as error:
+        problems.append(str(error))
+    return {"backend": "plain torch"}
+
+
 def examine(model: Path) -> dict[str, Any]:
     """Facts about this machine and `problems`: one sentence for each thing that keeps dsv4 from running here."""
     problems: list[str] = []
@@ -41,10 +54,8 @@ def examine(model: Path) -> dict[str, Any]:
     try:
         import torch
 
-        from dsv4.kernels.cpu.library import library
-
         report["torch"] = {"version": torch.__version__, "threads": torch.get_num_threads()}
-        report["kernels"] = "plain torch" if library() is None else "C++"
+        report["kernels"] = _kernels(problems)
         report["devices"] = [
             {"name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "capability": f"{p.major}.{p.minor}"}
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +15,20 @@ from torch import Tensor
 
 from dsv4 import kernels, numerics
 from dsv4.kernels import reference
-from dsv4.kernels.cpu import attend, attention, hyper_connections, library, linear, rope
+from dsv4.kernels.cpu import attend, attention, hyper_connections, isa, library, linear, rope
 
 needs_library = pytest.mark.skipif(library.library() is None, reason="no C++ compiler here: only the reference runs")
+ISAS = [*library.levels(), isa.EMULATED] if library.library() else ["generic"]
+
+
+@pytest.fixture(autouse=True, scope="module", params=ISAS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test once for each instruction set of this processor, and with AMX's tiles in plain C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSV4_ISA", request.param)
+        library.library.cache_clear()
+        yield request.param
+    library.library.cache_clear()
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -251,7 +267,7 @@ def test_attention(tokens: int, entries: int, heads: int, dim: int, k: int, dtyp
     if k:
         weights = torch.rand(2, tokens, heads, generator=torch.Generator().manual_seed(0))
         picked = attend.choose(q, weights, far, low, high, k) if entries else None
-    out = attend.attend(q, near_rows, start, to, far if entries else None, low, high, picked, sink, 0.4)
+    out = attend.attend(q, near_rows, start, to, far if entries else None, low, high, picked, sink, dim**-0.5)
     for b in range(2):
         for t in range(tokens):
             rows = [near_rows[b, start[b, t] : to[b, t]]]
@@ -260,7 +276,7 @@ def test_attention(tokens: int, entries: int, heads: int, dim: int, k: int, dtyp
             else:
                 rows.append(far[b, low[b, t] : high[b, t]])
             seen = torch.cat(rows).double()
-            logits = torch.cat((q[b, t].double() @ seen.T * 0.4, sink[:, None].double()), 1)
+            logits = torch.cat((q[b, t].double() @ seen.T * dim**-0.5, sink[:, None].double()), 1)
             near(out[b, t], torch.softmax(logits, 1)[:, :-1] @ seen, dtype, roundings=2)
 
 
@@ -327,6 +343,37 @@ def test_top_mask_breaks_ties_towards_the_lowest_index(rows: list[list[float]], 
     for row, chosen in zip(rows, mask.tolist()):
         wanted = sorted(range(6), key=lambda i: (-row[i], i))[:k]
         assert [i for i in range(6) if chosen[i]] == sorted(wanted)
+
+
+@needs_library
+def test_the_library_is_the_one_asked_for(instructions: str) -> None:
+    loaded = library.library()
+    assert loaded is not None and f"/kernels-{instructions}-" in loaded._name
+
+
+@needs_library
+def test_instructions_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4_ISA", "")
+    assert isa.choose(["generic", "avx2"]) == "avx2"
+    monkeypatch.setenv("DSV4_ISA", "amx")
+    assert isa.choose(["generic", "avx2", "avx512", "amx"]) == "amx"
+    monkeypatch.setattr(library, "levels", lambda: ["generic", "avx2"])
+    library.library.cache_clear()
+    with pytest.raises(ValueError, match="DSV4_ISA=amx: this processor has no amx, only generic, avx2"):
+        library.library()
+    monkeypatch.setenv("DSV4_ISA", "sse9")
+    with pytest.raises(ValueError, match="DSV4_ISA=sse9 is unknown; known: generic, avx2, avx512, amx"):
+        library.library()
+    monkeypatch.undo()
+    library.library.cache_clear()
+
+
+@pytest.mark.skipif(isa.EMULATED not in ISAS or not shutil.which("objdump"), reason="needs an x86 compiler and objdump")
+def test_amx_compiles_to_tile_instructions() -> None:
+    """It cannot run on a processor without them; the emulated build of the same source is tested above."""
+    code = subprocess.run(["objdump", "-d", library.build("amx")], capture_output=True, text=True, check=True).stdout
+    assert all(name in code for name in ("tdpbf16ps", "ldtilecfg", "sttilecfg", "tilerelease", "tileloadd"))
+    assert hasattr(ctypes.CDLL(str(library.build("amx"))), "experts_fp4_bf16")
 
 
 def test_without_a_compiler_the_reference_runs(

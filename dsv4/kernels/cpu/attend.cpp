@@ -19,37 +19,6 @@ S* room(int which, long count) {
 constexpr int HEADS = 8;  // heads that share one pass over the keys
 template <class S> constexpr long words(long dim) { return dim * long(sizeof(S)) / 4; }  // 32-bit words of a row (dim even)
 
-// 16 rows of w words -> [w][16]. The compiler's shuffles are as good as ours here: 16 x 16 words at a time.
-inline void turn(const uint32_t* const* rows, long w, uint32_t* out) {
-    long k = 0;
-    for (; k + 16 <= w; k += 16) {
-        bits a[16], b[16];
-        for (int i = 0; i < 16; i++) memcpy(&a[i], rows[i] + k, 64);
-        typedef uint32_t m __attribute__((vector_size(64)));
-        for (int i = 0; i < 16; i += 2) {  // 1 x 1 cells
-            b[i] = __builtin_shuffle(a[i], a[i + 1], m{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30});
-            b[i + 1] = __builtin_shuffle(a[i], a[i + 1], m{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
-        }
-        for (int i = 0; i < 16; i += 4)  // 2 x 2
-            for (int j = i; j < i + 2; j++) {
-                a[j] = __builtin_shuffle(b[j], b[j + 2], m{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
-                a[j + 2] = __builtin_shuffle(b[j], b[j + 2], m{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
-            }
-        for (int i = 0; i < 16; i += 8)  // 4 x 4
-            for (int j = i; j < i + 4; j++) {
-                b[j] = __builtin_shuffle(a[j], a[j + 4], m{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
-                b[j + 4] = __builtin_shuffle(a[j], a[j + 4], m{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
-            }
-        for (int j = 0; j < 8; j++) {  // 8 x 8
-            a[j] = __builtin_shuffle(b[j], b[j + 8], m{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
-            a[j + 8] = __builtin_shuffle(b[j], b[j + 8], m{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
-        }
-        for (int i = 0; i < 16; i++) memcpy(out + (k + i) * 16, &a[i], 64);
-    }
-    for (; k < w; k++)
-        for (int i = 0; i < 16; i++) out[k * 16 + i] = rows[i][k];
-}
-
 // dot[h] = the scores of HEADS queries (rows of `stride` elements, w words used) with a block of 16 keys.
 template <class S>
 inline void block_dots(const S* q, long stride, const uint32_t* keys, long w, vec* dot) {

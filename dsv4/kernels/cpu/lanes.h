@@ -17,6 +17,11 @@
 #else
 #define KEEP(x)
 #endif
+#if defined(__AVX2__) && !defined(LANES_AVX512)
+#include <immintrin.h>
+#define LANES_AVX2 1
+#endif
+#define APART __attribute__((noinline))  // long loops that many callers share: compiled once
 
 typedef float vec __attribute__((vector_size(64)));
 typedef uint32_t bits __attribute__((vector_size(64)));
@@ -72,7 +77,7 @@ inline vec lane_sums(vec* a) {
 
 // sums[c] = a . b[c] for one row and 16 others, all where they lie: a pass over b, which is what decoding is.
 template <class S>
-inline vec dots(const S* a, const S* const* b, long K) {
+APART vec dots(const S* a, const S* const* b, long K) {
     typedef Chunk<S> X;
     vec sum[16] = {};
     long k = 0;
@@ -88,25 +93,25 @@ inline vec dots(const S* a, const S* const* b, long K) {
     return lane_sums(sum);
 }
 
-// 4 rows chunk by chunk side by side, zeros behind their ends: [chunks][4][step]. Rows a power of two apart would fight
-// for the same cache lines.
-template <class S>
-inline void pack4(const S* const* rows, S* out, long K) {
+// R rows chunk by chunk side by side, zeros behind their ends: [chunks][R][step]. Rows a power of two apart would fight for
+// the same cache lines.
+template <long R, class S>
+inline void pack_rows(const S* const* rows, S* out, long K) {
     typedef Chunk<S> X;
     long k = 0;
     for (; k + X::step <= K; k += X::step)
-        for (int r = 0; r < 4; r++, out += X::step) memcpy(out, rows[r] + k, 64);
+        for (int r = 0; r < R; r++, out += X::step) memcpy((void*)out, rows[r] + k, 64);
     if (k < K)
-        for (int r = 0; r < 4; r++, out += X::step) {
+        for (int r = 0; r < R; r++, out += X::step) {
             X x = X::take(rows[r] + k, K - k);
-            memcpy(out, &x, 64);
+            memcpy((void*)out, &x, 64);
         }
 }
-template <class S> inline long packed4(long K) { return (K + Chunk<S>::step - 1) / Chunk<S>::step * Chunk<S>::step * 4; }
+template <class S> inline long chunks(long K) { return (K + Chunk<S>::step - 1) / Chunk<S>::step; }
 
 // sums[4 r + c] = a_r . b_c of two packed groups of 4 rows; the same order of addition as `dots`.
 template <class S>
-inline vec dots4x4(const S* a, const S* b, long size) {
+APART vec dots4x4(const S* a, const S* b, long size) {
     typedef Chunk<S> X;
     vec sum[16] = {};
     for (long k = 0; k < size; k += 4 * X::step) {
@@ -142,4 +147,35 @@ inline vec exp16(vec x) {
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
     return p * (vec)((n + 127) << 23);
+}
+
+// 16 rows of w words -> [w][16]. The compiler's shuffles are as good as ours here: 16 x 16 words at a time.
+inline void turn(const uint32_t* const* rows, long w, uint32_t* out) {
+    long k = 0;
+    for (; k + 16 <= w; k += 16) {
+        bits a[16], b[16];
+        for (int i = 0; i < 16; i++) memcpy(&a[i], rows[i] + k, 64);
+        typedef uint32_t m __attribute__((vector_size(64)));
+        for (int i = 0; i < 16; i += 2) {  // 1 x 1 cells
+            b[i] = __builtin_shuffle(a[i], a[i + 1], m{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30});
+            b[i + 1] = __builtin_shuffle(a[i], a[i + 1], m{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+        }
+        for (int i = 0; i < 16; i += 4)  // 2 x 2
+            for (int j = i; j < i + 2; j++) {
+                a[j] = __builtin_shuffle(b[j], b[j + 2], m{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
+                a[j + 2] = __builtin_shuffle(b[j], b[j + 2], m{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+            }
+        for (int i = 0; i < 16; i += 8)  // 4 x 4
+            for (int j = i; j < i + 4; j++) {
+                b[j] = __builtin_shuffle(a[j], a[j + 4], m{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
+                b[j + 4] = __builtin_shuffle(a[j], a[j + 4], m{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+            }
+        for (int j = 0; j < 8; j++) {  // 8 x 8
+            a[j] = __builtin_shuffle(b[j], b[j + 8], m{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
+            a[j + 8] = __builtin_shuffle(b[j], b[j + 8], m{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+        }
+        for (int i = 0; i < 16; i++) memcpy(out + (k + i) * 16, &a[i], 64);
+    }
+    for (; k < w; k++)
+        for (int i = 0; i < 16; i++) out[k * 16 + i] = rows[i][k];
 }

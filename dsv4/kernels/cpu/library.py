@@ -1,7 +1,8 @@
-"""Compiles the C++ beside this file once per machine and hands out its functions.
+"""Compiles the C++ beside this file once for each kind of processor and hands out its functions.
 
-No torch headers: a build takes about a second. The library lies in the user's cache under a name that changes with
-the source, the compiler and the processor. Without a compiler the caller uses the reference and one line says so.
+No torch headers: a build takes seconds. The instructions are chosen at run time (`dsv4.kernels.cpu.isa`), one library
+each; libraries lie in the user's cache under a name that changes with the source, the compiler and the instructions.
+Without a compiler the caller uses the reference and one line says so.
 """
 
 from __future__ import annotations
@@ -21,46 +22,29 @@ from typing import Any
 
 import torch
 
+from dsv4.kernels.cpu import isa
+
 _HERE = Path(__file__).parent
+_PROBE = _HERE / "isa.cpp"
 # Sums may be reassociated into vector lanes; infinities and NaN keep their meaning.
-_FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fno-math-errno -fno-trapping-math".split()
-_FLAGS += ["-fno-signed-zeros", "-fassociative-math", "-fopenmp"]
+_FLAGS = "-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math".split()
+_FLAGS += ["-fno-signed-zeros", "-fassociative-math", "-fopenmp", "-Wno-psabi"]
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None: no compiler, a failed build, or DSV4_KERNELS=reference."""
+    """The compiled kernels, or None: no compiler, a failed build, or DSV4_KERNELS=reference. ValueError where DSV4_ISA
+    asks for instructions that this processor does not have."""
     log = logging.getLogger("dsv4.kernels")
     if os.environ.get("DSV4_KERNELS", "cpu") == "reference":
         return None
-    compiler = (
-        shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    )
-    if compiler is None:
+    if _compiler() is None:
         log.warning("no C++ compiler found: running the plain torch kernels (slower; install g++ to change that)")
         return None
-    sources = {str(path): path.read_text() for path in sorted([*_HERE.glob("*.cpp"), *_HERE.glob("*.h")])}
-    machine = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0] if Path("/proc/cpuinfo").exists() else ""
-    flags = [line for line in machine.splitlines() if line.startswith(("model name", "flags"))]
-    key = hashlib.sha256("\n".join([*sources.values(), compiler, *_FLAGS, *flags]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsv4"
-    target = folder / f"kernels-{key}.so"
     try:
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=folder
-            ) as scratch:  # built aside and renamed: two processes may build at once
-                built = Path(scratch) / "kernels.so"
-                subprocess.run(
-                    [compiler, *_FLAGS, *(s for s in sources if s.endswith(".cpp")), "-o", str(built)],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                )
-                built.rename(target)
+        chosen = isa.choose(levels())
         _share_threads()
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(build(chosen)))
     except subprocess.CalledProcessError as error:
         log.warning(
             "the C++ kernels did not compile, running the plain torch ones: %s", error.stderr.strip().splitlines()[0]
@@ -68,6 +52,52 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:
         log.warning("the C++ kernels are not usable, running the plain torch ones: %s", error)
     return None
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+@cache
+def levels() -> list[str]:
+    """The instruction sets that this processor and its system can run, the best last (`isa.LEVELS`)."""
+    return isa.available(ctypes.CDLL(str(_compiled("isa", [_PROBE], ()))))
+
+
+def build(level: str) -> Path:
+    """The library of one instruction set, compiled unless the cache holds it. CalledProcessError, OSError."""
+    sources = [path for path in sorted(_HERE.glob("*.cpp")) if path != _PROBE]
+    return _compiled(f"kernels-{level}", sources, isa.flags(level))
+
+
+def _compiled(name: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
+    compiler = _compiler()
+    assert compiler is not None
+    texts = [path.read_text() for path in [*sources, *sorted(_HERE.glob("*.h"))]]
+    key = hashlib.sha256("\n".join([*texts, compiler, *_FLAGS, *flags]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsv4"
+    target = folder / f"{name}-{key}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # built aside and renamed: two processes may build at once
+
+        def compile(source: Path) -> str:
+            made = str(Path(scratch) / f"{source.stem}.o")
+            _call(compiler, *_FLAGS, *flags, "-c", str(source), "-o", made)
+            return made
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # the longest first
+            objects = list(pool.map(compile, sorted(sources, key=lambda path: -path.stat().st_size)))
+        built = Path(scratch) / "kernels.so"
+        _call(compiler, "-shared", "-fopenmp", *objects, "-o", str(built))
+        built.rename(target)
+    return target
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _share_threads() -> None:

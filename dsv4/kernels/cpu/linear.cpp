@@ -1,7 +1,8 @@
 // Products of rows with the rows of a weight: linear layers and experts, any row count, plain or packed weights.
+#include <type_traits>
 #include <vector>
 
-#include "weights.h"
+#include "tiles.h"
 
 namespace {
 
@@ -17,12 +18,49 @@ S* scratch(int which, long count) {
     return (S*)((uintptr_t(hold[which].data()) + 63) & ~uintptr_t(63));
 }
 
+#ifdef TILES
+template <class W, class Row, class Emit>
+inline void tile_product(Row row, const W& w, long m0, long m1, long n0, long n1, Emit emit) {
+    const long K = w.K, depth = chunks<bf16>(K), groups = BLOCK / 16;
+    uint32_t* x = scratch<uint32_t>(0, 256 * depth * groups);
+    bf16* rows32 = scratch<bf16>(1, 1024 * depth);
+    TileShapes shapes;
+    for (long mb = m0; mb < m1; mb += BLOCK) {
+        const long top = std::min(mb + BLOCK, m1), used = (top - mb + 15) / 16;
+        for (long g = 0; g < used; g++) {
+            const bf16* rows[16];
+            for (int r = 0; r < 16; r++) rows[r] = row(std::min(mb + 16 * g + r, top - 1));
+            pack_pairs(rows, x + 256 * depth * g, K);
+        }
+        for (long n = n0; n < n1; n += 32) {
+            for (long h = 0; h < 2; h++) w.template pack<16>(std::min(n + 16 * h, n1 - 1), n1, rows32 + 512 * depth * h);
+            for (long g = 0; g < used; g += 2) {
+                float c[4][16][16];
+                const uint32_t* p = x + 256 * depth * g;
+                if (g + 1 < used) tiles2x2(rows32, rows32 + 512 * depth, p, p + 256 * depth, depth, c);
+                else tiles2x1(rows32, rows32 + 512 * depth, p, depth, c);
+                for (long m = mb + 16 * g; m < std::min(mb + 16 * g + 32, top); m++)
+                    for (long h = 0; h < 2 && n + 16 * h < n1; h++) {
+                        float s[16];
+                        const long at = m - mb - 16 * g;
+                        for (int i = 0; i < 16; i++) s[i] = c[2 * h + at / 16][i][at % 16];
+                        emit(m, n + 16 * h, s, std::min(n1 - n - 16 * h, 16L));
+                    }
+            }
+        }
+    }
+}
+#endif
+
 // x[m] . w[n] for m in [m0, m1), n in [n0, n1); `row(m)` says where x[m] lies, `emit(m, n, sums, count)` takes `count` results
 // of one row from column n on.
 template <class W, class Row, class Emit>
 inline void product(Row row, const W& w, long m0, long m1, long n0, long n1, Emit emit) {
     typedef typename W::X S;
-    const long K = w.K, size = packed4<S>(K);
+#ifdef TILES
+    if constexpr (std::is_same<S, bf16>::value) return tile_product(row, w, m0, m1, n0, n1, emit);
+#endif
+    const long K = w.K, size = 4 * chunks<S>(K) * Chunk<S>::step;
     for (long mb = m0; mb < m1; mb += BLOCK) {
         long top = std::min(mb + BLOCK, m1);
         if (top - mb < 4) {
@@ -40,11 +78,11 @@ inline void product(Row row, const W& w, long m0, long m1, long n0, long n1, Emi
         for (long m = mb; m < top; m += 4) {
             const S* rows[4];
             for (int r = 0; r < 4; r++) rows[r] = row(std::min(m + r, top - 1));
-            pack4(rows, a + (m - mb) / 4 * size, K);
+            pack_rows<4>(rows, a + (m - mb) / 4 * size, K);
         }
         for (long np = n0; np < n1; np += 4 * panel) {
             long end = std::min(np + 4 * panel, n1);
-            for (long n = np; n < end; n += 4) w.pack(n, n1, b + (n - np) / 4 * size);
+            for (long n = np; n < end; n += 4) w.template pack<4>(n, n1, b + (n - np) / 4 * size);
             for (long m = mb; m < top; m += 4)
                 for (long n = np; n < end; n += 4) {
                     float s[16];
@@ -172,7 +210,7 @@ void expand(const void* elements, const void* scale, bf16* out, long N, long K) 
 #pragma omp parallel for
     for (long n = 0; n < N; n += 4) {
         bf16* four = scratch<bf16>(0, 4 * K);
-        w.pack(n, N, four);
+        w.template pack<4>(n, N, four);
         for (long k = 0; k < K; k += 32)
             for (long r = 0; r < 4 && n + r < N; r++) memcpy((void*)(out + (n + r) * K + k), four + 4 * k + 32 * r, 64);
     }

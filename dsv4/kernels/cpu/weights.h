@@ -1,7 +1,7 @@
 // Weights as a product reads them: rows of float or bf16, FP8 (E4M3) or FP4 (E2M1). The packed ones become bf16 on their way
 // into the registers, which is exact: their scales are powers of two. So all of them share one arithmetic.
 //
-// pack(n, end, out): rows n .. n+3 (not beyond end - 1), packed as `pack4` does. dots(a, n, end): a . w[n .. n+15].
+// pack<R>(n, end, out): rows n .. n+R-1 (not beyond end - 1), packed as `pack_rows` does. dots(a, n, end): a . w[n .. n+15].
 #pragma once
 #include <utility>
 
@@ -16,10 +16,10 @@ struct Plain {
     const S* w;
     long K;
     Plain(const void* elements, const void*, long K) : w((const S*)elements), K(K) {}
-    void pack(long n, long end, S* out) const {
-        const S* rows[4];
-        for (int c = 0; c < 4; c++) rows[c] = w + std::min(n + c, end - 1) * K;
-        pack4(rows, out, K);
+    template <long R> APART void pack(long n, long end, S* out) const {
+        const S* rows[R];
+        for (int c = 0; c < R; c++) rows[c] = w + std::min(n + c, end - 1) * K;
+        pack_rows<R>(rows, out, K);
     }
     vec dots(const S* a, long n, long end) const {
         const S* rows[16];
@@ -65,15 +65,34 @@ struct Fp4 {
             c.v = (bits)_mm512_permutexvar_epi16(b, lut);
             return c;
         }
+#elif defined(LANES_AVX2)
+        if (tame) {  // a bf16 is made of two bytes, each from a table of 16
+            const __m128i high = _mm_set_epi64x(0xc0c0c0c0bfbfbf80, 0x404040403f3f3f00);
+            const __m128i low = _mm_set_epi64x(0xc0804000c0800000, 0xc0804000c0800000);
+            __m128i b = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15), even = _mm_and_si128(b, mask);
+            __m128i odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask), power = _mm_set1_epi16(short((s - 127) << 7));
+            __m128i out[4];
+            for (int half = 0; half < 2; half++) {
+                __m128i code = half ? _mm_unpackhi_epi8(even, odd) : _mm_unpacklo_epi8(even, odd);
+                __m128i l = _mm_shuffle_epi8(low, code), h = _mm_shuffle_epi8(high, code);
+                out[2 * half] = _mm_unpacklo_epi8(l, h), out[2 * half + 1] = _mm_unpackhi_epi8(l, h);
+            }
+            for (__m128i& v : out) {
+                __m128i some = _mm_cmpgt_epi16(_mm_and_si128(v, _mm_set1_epi16(0x7fff)), _mm_setzero_si128());
+                v = _mm_add_epi16(v, _mm_and_si128(some, power));
+            }
+            memcpy(&c, out, 64);
+            return c;
+        }
 #endif
         uint16_t out[32];
         for (int i = 0; i < 32; i++) out[i] = slow_bf16(E2M1[p[i >> 1] >> (i & 1) * 4 & 15], s);
         memcpy(&c, out, 64);
         return c;
     }
-    void pack(long n, long end, bf16* out) const {
+    template <long R> APART void pack(long n, long end, bf16* out) const {
         for (long b = 0; b < K >> 5; b++)
-            for (int r = 0; r < 4; r++, out += 32) {
+            for (int r = 0; r < R; r++, out += 32) {
                 long row = std::min(n + r, end - 1);
                 int s = scale[row * (K >> 5) + b];
                 Chunk<bf16> c = take(w + (row * K >> 1) + 16 * b, s, tame(s, s));
@@ -81,7 +100,7 @@ struct Fp4 {
             }
     }
     static bool tame(int least, int most) { return least > 1 && most < 252; }
-    template <bool quick> vec dots16(const bf16* a, const uint8_t* const* p, const uint8_t* const* s) const {
+    template <bool quick> APART vec dots16(const bf16* a, const uint8_t* const* p, const uint8_t* const* s) const {
         vec sum[16] = {};
         for (long b = 0; b < K >> 5; b++) {
             Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
@@ -124,6 +143,22 @@ struct Fp8 {
             c.v = (bits)_mm512_ternarylogic_epi32(v, _mm512_slli_epi16(b, 8), _mm512_set1_epi16(short(0x8000)), 0xf8);  // v | sign
             return c;
         }
+#elif defined(LANES_AVX2)
+        if (tame) {
+            const __m256i tiny = _mm256_broadcastsi128_si256(_mm_set_epi16(0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0));
+            __m256i power = _mm256_set1_epi16(short((s - 127) << 7)), out[2];
+            for (int half = 0; half < 2; half++) {
+                __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * half)));
+                __m256i size = _mm256_and_si256(b, _mm256_set1_epi16(0x7f)), zero = _mm256_cmpeq_epi16(size, _mm256_setzero_si256());
+                __m256i v = _mm256_add_epi16(_mm256_slli_epi16(size, 4), _mm256_set1_epi16(120 << 7));
+                __m256i at = _mm256_add_epi16(_mm256_mullo_epi16(size, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+                v = _mm256_blendv_epi8(_mm256_shuffle_epi8(tiny, at), v, _mm256_cmpgt_epi16(size, _mm256_set1_epi16(7)));
+                v = _mm256_add_epi16(v, _mm256_andnot_si256(zero, power));
+                out[half] = _mm256_or_si256(v, _mm256_and_si256(_mm256_slli_epi16(b, 8), _mm256_set1_epi16(short(0x8000))));
+            }
+            memcpy(&c, out, 64);
+            return c;
+        }
 #endif
         uint16_t out[32];
         for (int i = 0; i < 32; i++) out[i] = slow_bf16(e4m3(p[i]), s);
@@ -131,16 +166,16 @@ struct Fp8 {
         return c;
     }
     static bool tame(int least, int most) { return least > 10 && most < 240; }
-    void pack(long n, long end, bf16* out) const {
+    template <long R> APART void pack(long n, long end, bf16* out) const {
         for (long k = 0; k < K; k += 32)
-            for (int r = 0; r < 4; r++, out += 32) {
+            for (int r = 0; r < R; r++, out += 32) {
                 long row = std::min(n + r, end - 1);
                 int s = scale[row / 128 * wide + k / 128];
                 Chunk<bf16> c = take(w + row * K + k, s, tame(s, s));
                 memcpy((void*)out, &c, 64);
             }
     }
-    template <bool quick> vec dots16(const bf16* a, const uint8_t* const* p, const uint8_t* const* s) const {
+    template <bool quick> APART vec dots16(const bf16* a, const uint8_t* const* p, const uint8_t* const* s) const {
         vec sum[16] = {};
         for (long k = 0; k < K; k += 32) {
             Chunk<bf16> x = Chunk<bf16>::take(a + k);
