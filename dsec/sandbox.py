@@ -300,6 +300,11 @@ class AsyncSandbox:
     async def get_metrics(self) -> Stats:
         return Stats(**await self._ask("metrics"))
 
+    async def get_host(self, port: int) -> str:
+        """The "host:port" where this port of the sandbox is reached, on its Edge's machine. Forbidden unless the
+        network policy has it in allow_in."""
+        return str((await self._ask("get_host", port=port))["host"])
+
     async def snapshot(self) -> str:
         """Captures its files; create(image="snapshot:" + this) starts from them."""
         return str((await self._ask("snapshot"))["snapshot"])

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 from dsec.errors import InvalidRequest
+from dsec.network.policy import words
 
 SUBSTRATES = ("function", "container", "microvm", "vm")
 ISOLATION = {
@@ -58,7 +59,10 @@ class Spec(Record):
     """MiB the sandbox may write."""
     pids: int = 256
     network: str | tuple[str, ...] = "none"
-    """"none", or a tuple of host names and addresses ("example.org", "*.example.net", "10.1.2.3:443") it may reach."""
+    """"none", or what it may reach and which of its ports may be: words of dsec/network/policy.py ("example.org:443",
+    "10.1.0.0/16", "in:8000"), or {"allow_out": [...], "deny_out": [...], "allow_in": [ports]}, kept as words."""
+    allow_internet_access: bool | None = None
+    """True adds every public address to `network`; None afterwards."""
     env: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     user: str = "root"
@@ -76,10 +80,8 @@ class Spec(Record):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**40:
                 raise InvalidRequest(f"{name} must be a positive number, not {value!r}")
-        if self.network != "none":
-            if isinstance(self.network, str):
-                raise InvalidRequest(f'network is "none" or a list of hosts, not {self.network!r}')
-            object.__setattr__(self, "network", tuple(self.network))
+        object.__setattr__(self, "network", words(self.network, self.allow_internet_access))
+        object.__setattr__(self, "allow_internet_access", None)
         for name in ("env", "metadata"):
             for key, value in getattr(self, name).items():
                 if not isinstance(key, str) or not isinstance(value, str) or "\0" in key + value or "=" in key:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dsec.errors import CommandFailed, DsecError, InvalidRequest, NotFound, SandboxFailed, Timeout, from_wire, to_wire
 from dsec.guest.protocol import Exit, Process
+from dsec.network.gateway import Gateway
 from dsec.substrates.base import Running
 from dsec.types import CommandResult, SandboxInfo, Spec
 
@@ -120,6 +121,7 @@ class Box:
     trajectory: Any = None
     timer: asyncio.TimerHandle | None = None
     watcher: asyncio.Task[None] | None = None
+    gateway: Gateway | None = None
     source: str = ""
     """The snapshot it was made from."""
 

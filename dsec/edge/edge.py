@@ -36,6 +36,7 @@ from dsec.errors import (
     Timeout,
 )
 from dsec.guest.protocol import OUTPUT_LIMIT
+from dsec.network.gateway import NetworkOperations, environment
 from dsec.substrates import base
 from dsec.types import CommandResult, Record, SandboxInfo, Spec
 
@@ -44,7 +45,7 @@ ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "
 Answer = dict[str, Any]
 
 
-class Edge(FileOperations):
+class Edge(FileOperations, NetworkOperations):
     """See the module. `start` adopts what an earlier Edge left; `stop` ends this process's part, not the sandboxes."""
 
     def __init__(self, home: Path, host: str = "", max_live: int | None = None) -> None:
@@ -200,9 +201,7 @@ class Edge(FileOperations):
         if isolation < spec.isolation_min:
             text = f"{spec.substrate} gives isolation level {isolation} here, {spec.isolation_min} was asked for"
             raise SubstrateUnavailable(text, reason=text, fix="another substrate, or a lower isolation_min")
-        if spec.network != "none" and not substrate.capabilities.network:
-            text = f"a {spec.substrate} has no network here; {', '.join(spec.network)} cannot be reached from it"
-            raise SubstrateUnavailable(text, reason="no network policies here", fix='network="none"')
+        self.refuse_network(spec, substrate)
         await self._self_test(substrate)
         id = f"sb-{secrets.token_hex(8)}"
         folder = self.home / "sandboxes" / id
@@ -224,6 +223,7 @@ class Edge(FileOperations):
     def _watch(self, box: Box) -> None:
         """Sets the deadline's clock, and notices when the sandbox dies or its agent lies."""
         self._arm(box)
+        self.network(box)
         box.watcher = self._task(self._until_dead(box))
 
     def _task(self, work: Any) -> asyncio.Task[Any]:
@@ -267,6 +267,8 @@ class Edge(FileOperations):
             self.boxes.pop(box.id, None)
 
     def _release(self, box: Box) -> None:
+        if box.gateway is not None:
+            box.gateway.close()
         if box.trajectory is not None:
             box.trajectory.release()
             box.trajectory = None
@@ -491,7 +493,8 @@ class Edge(FileOperations):
 
     async def _options(self, box: Box, user: str | None, env: dict[str, str] | None, cwd: str | None) -> dict[str, Any]:
         uid, gid, home = await self._user(box, user or box.spec.user)
-        return {"uid": uid, "gid": gid, "cwd": cwd or home, "env": {**ENV, "HOME": home, **box.spec.env, **(env or {})}}
+        env = {**ENV, "HOME": home, **environment(box.spec.network), **box.spec.env, **(env or {})}
+        return {"uid": uid, "gid": gid, "cwd": cwd or home, "env": env}
 
     async def _user(self, box: Box, user: str) -> tuple[int, int, str]:
         """Looked up in the sandbox's own passwd file; numbers are taken as they are."""

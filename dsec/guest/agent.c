@@ -420,8 +420,11 @@ static void file_operation(char kind, uint32_t id, char *data, size_t n) {
 
 /* The connection */
 
+#include "streams.h"
+
 static void hang_up(void) {
     if (conn >= 0 && !device) { close(conn); conn = -1; }
+    stream_hang_up();
     cut(&in, in.n);
     cut(&out, out.n);
     for (struct proc *p = procs; p; p = p->next) p->streaming = 0;
@@ -455,6 +458,7 @@ static int take(char kind, uint32_t id, char *data, size_t n) { /* 0 when the fr
     if (strchr("rwlsdmk", kind)) { if (n && (kind == 'w' || !data[n - 1])) file_operation(kind, id, data, n); else return 0; }
     else if (kind == 'X') { if (!n || data[n - 1]) return 0; start(id, data, n); }
     else if (kind == 'P') reply('p', id, data, n);
+    else if (strchr("NTteca", kind)) return stream_take(kind, id, data, n);
     else if (kind == 'Q') journal(id);
     else if (kind == 'S' && n == 1) { if (!id) kill(-1, data[0]); else if (p && !p->exited) kill(-p->pid, data[0]); }
     else if (kind == 'B') {
@@ -526,7 +530,7 @@ int main(int argc, char **argv) {
     int children = signalfd(-1, &mask, SFD_NONBLOCK | SFD_CLOEXEC);
     if (children < 0) die("signalfd");
     for (;;) {
-        size_t count = 3, n = 3;
+        size_t count = 4 + stream_count, n = 3;
         for (struct proc *p = procs; p; p = p->next) count += 3;
         struct pollfd *fds = calloc(count, sizeof *fds);
         struct proc **who = calloc(count, sizeof *who);
@@ -539,14 +543,17 @@ int main(int argc, char **argv) {
                 if (p->out[i] >= 0 && (out.n < BUSY || !p->streaming)) who[n] = p, fds[n++] = (struct pollfd){p->out[i], POLLIN, 0};
             if (p->in >= 0 && p->stdin_left.n) who[n] = p, fds[n++] = (struct pollfd){p->in, POLLOUT, 0};
         }
+        size_t commands = n;
+        n += stream_polls(fds + n);
         poll(fds, n, -1);
-        for (size_t i = 3; i < n; i++) {
+        for (size_t i = 3; i < commands; i++) {
             struct proc *p = who[i];
             if (!fds[i].revents) continue;
             if (fds[i].events == POLLOUT) { if (fds[i].fd == p->in) feed(p); }
             else for (int k = 0; k < 2; k++)
                 if (p->out[k] == fds[i].fd) { pull(p, k); break; }
         }
+        stream_serve(fds + commands);
         if (fds[2].revents) { struct signalfd_siginfo info; while (read(children, &info, sizeof info) > 0) {} reap(); }
         if (fds[1].revents & (POLLIN | POLLHUP | POLLERR)) receive();
         if (conn >= 0 && out.n) {
@@ -559,6 +566,7 @@ int main(int argc, char **argv) {
             if (fd >= 0) { hang_up(); conn = fd; greet(); }
         }
         sweep();
+        stream_sweep();
         free(fds); free(who);
     }
 }

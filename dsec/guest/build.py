@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from dsec.errors import SubstrateUnavailable
 
+_INCLUDED = re.compile(rb'^#include "([a-z_]+\.h)"', re.M)
 FLAGS = ("-static", "-Os", "-Wall", "-Wextra", "-Werror", "-fstack-protector-strong", "-s")
 
 
@@ -28,6 +30,7 @@ def home() -> Path:
 def program(source: Path, folder: Path) -> Path:
     """The static program made from a C file, built in `folder` unless it is there. Raises SubstrateUnavailable."""
     text = source.read_bytes()
+    text += b"".join((source.parent / os.fsdecode(name)).read_bytes() for name in _INCLUDED.findall(text))
     target = folder / f"{source.stem}-{hashlib.sha256(text + ' '.join(FLAGS).encode()).hexdigest()[:16]}"
     if target.exists():
         return target

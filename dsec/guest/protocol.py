@@ -7,10 +7,10 @@ key NUL value NUL, so that neither side needs a parser that could be fooled. Hos
     I stdin    C close stdin    S signal (u8; id 0: every process)    R resize (u16 rows, u16 columns)
     Z forget id    P ping    Q journal
     r read: path offset size    w write: u16 length, (path mode append make), bytes    l list: path    s stat: path
-    d delete: path    m rename: path to    k make folder: path
+    d delete: path    m rename: path to    k make folder: path    N T t e c a: streams of bytes (streams.py)
 
 Guest to host: H hello (version), O stdout, E stderr, D done (code signal seconds out err: bytes dropped), F refused
-(errno, text), p pong, J journal (records that begin with id), A answer of a file operation.
+(errno, text), p pong, J journal (records that begin with id), A answer of a file operation, o t e c a: streams.
 
 The agent keeps the exit and the capped output of every command until Z, so a host process that died and came back
 asks Q, then B for what it wants. The newest connection wins; an older one is closed.
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, Timeout
+from dsec.guest.streams import KINDS, Streams
 from dsec.types import EntryInfo
 
 VERSION = 1
@@ -169,6 +170,7 @@ class Agent(asyncio.Protocol):
         self._processes: dict[int, Process] = {}
         self._answers: dict[int, asyncio.Future[tuple[bytes, bytes]]] = {}
         self._next = 0
+        self.streams = Streams(self)
         self._writable = asyncio.Event()
         self._writable.set()
         self._transport: asyncio.Transport | None = None
@@ -234,6 +236,8 @@ class Agent(asyncio.Protocol):
             answer = self._answers.pop(id)
             if not answer.done():
                 answer.set_result((kind, payload))
+        elif kind in KINDS:
+            self.streams.take(kind, id, payload)
         elif kind == b"H" and not self.hello.done():
             version = int(_number(dict(parse(payload)), "version"))
             if version != VERSION:
@@ -256,6 +260,7 @@ class Agent(asyncio.Protocol):
             self.hello.cancel()
         self._processes.clear()
         self._answers.clear()
+        self.streams.over()
         if self._transport is not None:
             self._transport.abort()
 
@@ -300,7 +305,7 @@ class Agent(asyncio.Protocol):
         payload = fields([*given, *numbers])
         if len(payload) > MAX_FRAME - 5:
             raise InvalidRequest(f"command and environment are {len(payload)} bytes, at most {MAX_FRAME - 5} fit")
-        process = self._watch(self._id(), limit, on_output)
+        process = self._watch(self.new_id(), limit, on_output)
         try:
             self.send(b"X", process.id, payload)
         except SandboxFailed:
@@ -316,7 +321,7 @@ class Agent(asyncio.Protocol):
 
     async def journal(self) -> list[Entry]:
         """Every command the agent has not been told to forget; also moves this connection's ids past theirs."""
-        payload = await self._ask(b"Q", b"")
+        payload = await self.ask(b"Q", b"")
         records: list[dict[str, str]] = []
         for key, value in parse(payload):
             if key == "id":
@@ -335,7 +340,7 @@ class Agent(asyncio.Protocol):
         """Raises Timeout when the agent does not answer."""
         try:
             async with asyncio.timeout(timeout):
-                await self._ask(b"P", b"")
+                await self.ask(b"P", b"")
         except TimeoutError:
             raise Timeout(f"the agent did not answer within {timeout} s") from None
 
@@ -349,7 +354,7 @@ class Agent(asyncio.Protocol):
         got = 0
         while True:
             want = min(CHUNK, size + 1 - got)
-            part = await self._ask(b"r", fields([("path", path), ("offset", offset + got), ("size", want)]))
+            part = await self.ask(b"r", fields([("path", path), ("offset", offset + got), ("size", want)]))
             if len(part) > want:
                 raise SandboxFailed("the agent sent more than it was asked for")
             parts.append(part)
@@ -364,31 +369,32 @@ class Agent(asyncio.Protocol):
         for at in range(0, max(len(data), 1), CHUNK):
             more = append or at > 0
             header = fields([("path", path), ("mode", mode), ("append", int(more)), ("make", int(make))])
-            await self._ask(b"w", struct.pack("<H", len(header)) + header + data[at : at + CHUNK])
+            await self.ask(b"w", struct.pack("<H", len(header)) + header + data[at : at + CHUNK])
 
     async def list(self, path: str) -> list[EntryInfo]:
         """A folder's entries, sorted by name."""
-        payload = await self._ask(b"l", fields([("path", path)]))
+        payload = await self.ask(b"l", fields([("path", path)]))
         base = path.rstrip("/")
         return sorted((_entry(f"{base}/{name}", value) for name, value in parse(payload)), key=lambda e: e.name)
 
     async def stat(self, path: str) -> EntryInfo:
         """The entry itself (a link is not followed)."""
-        ((_, value),) = parse(await self._ask(b"s", fields([("path", path)])))[:1] or [("", "")]
+        ((_, value),) = parse(await self.ask(b"s", fields([("path", path)])))[:1] or [("", "")]
         return _entry(path, value)
 
     async def remove(self, path: str) -> None:
         """A file, or a folder with all that is in it."""
-        await self._ask(b"d", fields([("path", path)]))
+        await self.ask(b"d", fields([("path", path)]))
 
     async def rename(self, path: str, to: str) -> None:
-        await self._ask(b"m", fields([("path", path), ("to", to)]))
+        await self.ask(b"m", fields([("path", path), ("to", to)]))
 
     async def make_dir(self, path: str) -> None:
         """The folder and its parents; one that exists is fine."""
-        await self._ask(b"k", fields([("path", path)]))
+        await self.ask(b"k", fields([("path", path)]))
 
-    def _id(self) -> int:
+    def new_id(self) -> int:
+        """A number that nothing else of this connection has."""
         self._next += 1
         return self._next
 
@@ -396,8 +402,9 @@ class Agent(asyncio.Protocol):
         process = self._processes[id] = Process(self, id, limit, on_output)
         return process
 
-    async def _ask(self, kind: bytes, payload: bytes) -> bytes:
-        id = self._id()
+    async def ask(self, kind: bytes, payload: bytes, id: int = 0) -> bytes:
+        """Sends a frame and waits for its answer; raises what the guest refused it with."""
+        id = id or self.new_id()
         self.send(kind, id, payload)
         answer = self._answers[id] = asyncio.get_running_loop().create_future()
         await self.drained()

@@ -50,7 +50,7 @@ class ContainerSubstrate:
         self.root = os.geteuid() == 0
         self.groups = cgroups.detect()
         limits = "cgroup" if self.groups.limits else "rlimit"
-        self.capabilities = Capabilities(isolation=2, fork_memory=False, network=False, limits=limits)
+        self.capabilities = Capabilities(isolation=2, fork_memory=False, network=True, limits=limits)
         self._prepared: asyncio.Future[None] | None = None
         self._reaper: asyncio.Task[None] | None = None
         self._dead: asyncio.Queue[tuple[Cgroup | None, Path]] = asyncio.Queue()

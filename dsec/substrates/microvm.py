@@ -52,6 +52,11 @@ HANG = 1.0
 _Boot = tuple[linux.Kernel, Path]
 
 
+def capabilities(accel: str) -> Capabilities:
+    """Of a machine that runs on "kvm" or "tcg"."""
+    return Capabilities(4 if accel == "kvm" else 3, fork_memory=True, network=True, limits="machine")
+
+
 class MicroVMSubstrate:
     """See base.Substrate."""
 
@@ -70,7 +75,7 @@ class MicroVMSubstrate:
     @property
     def capabilities(self) -> Capabilities:
         """Of machines made now; level 4 only after KVM has booted one."""
-        return Capabilities(isolation=4 if self._accel == "kvm" else 3, fork_memory=True, limits="machine")
+        return capabilities(self._accel)
 
     async def probe(self) -> Probe:
         begin = time.perf_counter()
@@ -89,8 +94,6 @@ class MicroVMSubstrate:
             return Probe(False, str(error) or "no answer", qemu.FIX)
 
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> VirtualMachine:
-        if spec.network != "none":
-            raise InvalidRequest(f"a {self.name} has no network; asked for {spec.network!r}")
         point = await self._opened(snapshot) if snapshot is not None else await self._template(spec)
         await asyncio.to_thread(point.load)
         group = self._claim(point.memory, spec.cpu)
@@ -323,7 +326,7 @@ class VirtualMachine:
 
     def __init__(self, of: MicroVMSubstrate, machine: Qemu, point: Checkpoint, agent: GuestAgent) -> None:
         self.agent, self.machine, self.point = agent, machine, point
-        self.capabilities = Capabilities(isolation=4 if point.accel == "kvm" else 3, fork_memory=True, limits="machine")
+        self.capabilities = capabilities(point.accel)
         self._of, self._frozen, self._gone, self._lock = of, False, False, asyncio.Lock()
         agent.failed.add_done_callback(
             lambda failed: agent.closed or asyncio.ensure_future(self._lost(failed.result()))

@@ -265,7 +265,7 @@ def test_what_is_asked_for_is_never_lowered(host: Host) -> None:
     with pytest.raises(SubstrateUnavailable, match="isolation level 2"):
         host.create(isolation_min=4)
     with pytest.raises(SubstrateUnavailable, match="no network"):
-        host.create(network=["example.org"])
+        host.create(substrate="function", network=["example.org"])
     with pytest.raises(InvalidRequest, match="did you mean 'memory'"):
         host.create(memroy=100)
     with pytest.raises(InvalidRequest):

@@ -1,0 +1,1 @@
+"""What a sandbox may reach and who may reach it: nothing, unless its policy lists it."""
