@@ -26,13 +26,12 @@ class Gateway:
         self._servers: dict[int, asyncio.Server] = {}
 
     async def open(self) -> None:
-        """Tells the agent to open the proxy's port, where the policy lets anything out."""
+        """Tells the agent to open the proxy's port."""
         assert self._box.running is not None
         streams = self._box.running.agent.streams
-        if self.policy.outwards:
-            streams.accept = proxy.Proxy(self.policy).serve
-            with contextlib.suppress(DsecError):  # an agent that is gone is noticed elsewhere
-                await streams.gate(proxy.PORT)
+        streams.accept = proxy.Proxy(self.policy).serve
+        with contextlib.suppress(DsecError):  # an agent that is gone is noticed elsewhere
+            await streams.gate(proxy.PORT)
 
     async def host(self, port: int) -> str:
         """ "127.0.0.1:N" on this host, forwarded to `port` on the sandbox's loopback. Forbidden by the policy."""

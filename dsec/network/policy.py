@@ -32,7 +32,7 @@ METADATA = frozenset(
 )
 """Where clouds answer a machine's questions, with its credentials."""
 ANY = (0, 65535)
-_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62}\.)*[a-z0-9_-]{1,63}")
+_NAME = re.compile(r"(?=.{1,253}$)([a-z0-9_][a-z0-9_-]{0,62}\.)*[a-z0-9_][a-z0-9_-]{0,62}")
 _KEYS = ("allow_out", "deny_out", "allow_in")
 
 

@@ -20,7 +20,9 @@ BIG = b"0123456789abcdef" * (1 << 17)  # 2 MiB: eight windows
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = BIG if self.path == "/big" else f"{self.path} {self.headers['Host']}".encode()
+        body = (
+            BIG if self.path == "/big" else f"{self.path} {','.join(self.headers.get_all('Host') or ['None'])}".encode()
+        )
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -196,8 +198,9 @@ def test_ports_are_forwarded_where_the_policy_allows(host: Host, address: str) -
             box.get_host(8001)
         assert "HTTP_PROXY" not in box.commands.run("env").stdout, "a way in is no way out"
         assert box.commands.run(["/bin/bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/3128"], check=False).exit_code
-    with pytest.raises(OSError):
-        socket.create_connection(tuple(name.split(":")), 5).recv(1) or (_ for _ in ()).throw(OSError("ended"))
+    where = name.split(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((where[0], int(where[1])), 5)
 
 
 def test_a_sandbox_without_a_policy_has_neither(box: Any) -> None:

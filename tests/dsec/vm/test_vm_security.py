@@ -45,7 +45,7 @@ def test_1_qemu_is_walled_in(machine: VirtualMachine) -> None:
     pid = machine.machine.pid
     status = _status(pid)
     assert status["NoNewPrivs"] == "1" and status["Seccomp"] == "2"
-    for space in ("net", "ipc", "uts"):
+    for space in ("net", "ipc", "uts", "mnt"):
         assert os.readlink(f"/proc/{pid}/ns/{space}") != os.readlink(f"/proc/self/ns/{space}")
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert re.search(r"Max core file size\s+0\s+0", limits) and re.search(r"Max open files\s+256\s+256", limits)
@@ -55,6 +55,26 @@ def test_1_qemu_is_walled_in(machine: VirtualMachine) -> None:
         r"(socket|pipe):|anon_inode:|/dev/(null|urandom)$|/memfd:dsec-ram|.*/(device|log)$|.*/templates/[0-9a-f]+/device$"
     )
     assert not [name for name in held if not known.match(name)], held
+
+
+@root_only
+def test_1_qemu_sees_no_file_of_the_host_but_programs(machine: VirtualMachine, tmp_path: Path) -> None:
+    """A guest that has taken QEMU over finds no configuration, no home, no key, no other process."""
+    root = Path(f"/proc/{machine.machine.pid}/root")
+    names = {path.name for path in root.iterdir()}
+    assert {"usr", "dev", "proc"} <= names <= set("usr dev proc bin sbin lib lib32 lib64 libx32".split())
+    canary = tmp_path / "canary"
+    canary.write_text("the host's")
+    for path in (canary, Path("/etc/passwd"), Path("/root"), Path("/tmp"), Path("/sys/kernel")):
+        assert path.exists() and not (root / path.relative_to("/")).exists(), path
+    id = _status(machine.machine.pid)["Uid"].split()[0]
+    enter = ["nsenter", "-t", str(machine.machine.pid), "-m", "-S", id, "-G", id]
+    seen = subprocess.run([*enter, "/usr/bin/ls", "/proc"], capture_output=True, text=True, check=True).stdout.split()
+    assert "1" not in seen and str(os.getpid()) not in seen and "sys" not in seen and "kcore" not in seen, seen
+    assert {path.name for path in (root / "dev").iterdir()} <= {"null", "zero", "urandom", "kvm"}
+    for folder in ("", "usr", "dev"):
+        with pytest.raises(OSError, match="Read-only"):
+            (root / folder / "x").write_text("")
 
 
 def test_1_and_3_what_the_guest_writes_is_the_guests(bench: Bench, tmp_path: Path) -> None:
@@ -191,6 +211,7 @@ LIES = {
     "answer to nothing": frame(b"A", 9, b"x"),
     "unknown kind": frame(b"?", 1, b"x"),
     "second hello": HELLO,
+    "a stream under a number of ours": frame(b"o", 5),
     "not numbers": frame(b"D", 1, fields([("code", "many"), ("signal", 0), ("seconds", 1), ("out", 0), ("err", 0)])),
     "infinite number": frame(
         b"D", 1, fields([("code", "1e999"), ("signal", 0), ("seconds", 1), ("out", 0), ("err", 0)])
