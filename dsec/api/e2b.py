@@ -3,7 +3,7 @@
     E2B_API_URL=http://SERVER/e2b  E2B_SANDBOX_URL=http://SERVER/e2b  E2B_API_KEY=<our key>
 
 A template names an image ("base" is `host`). Commands speak Connect's JSON form: unary calls are plain JSON, streams
-are envelopes of one flag byte, u32 length (big-endian), JSON. Not there: watching folders, metrics, network, templates.
+are envelopes of one flag byte, u32 length (big-endian), JSON. Not there: watching folders, metrics, templates.
 """
 
 from __future__ import annotations
@@ -72,11 +72,14 @@ def shown(info: Json, token: str = "") -> Json:
 @router.post("/v2/sandboxes", status_code=201)
 async def create(body: Json, request: Request, key: User, service: Serve) -> Json:
     template = str(body.get("templateID") or "base")
+    network = body.get("network") or {}
     spec = Spec(
         image="host" if template == "base" else template,
         timeout=float(body.get("timeout") or 300),
         env=body.get("envVars") or {},
         metadata=body.get("metadata") or {},
+        # E2B's clients say allow_internet_access=True when nobody asked; here only what is listed is opened
+        network={"allow_out": network.get("allowOut"), "deny_out": ["0.0.0.0/0"]},  # type: ignore[arg-type]
     )
     info = await service.create(key.project, spec)
     return shown(info.as_dict(), request.headers["x-api-key"])
