@@ -33,22 +33,20 @@ from dsec.types import CommandResult, EntryInfo, SandboxInfo, Spec, Stats
 
 Text = Callable[[str], Any]
 Unknown = Literal["retry", "fail", "restore_then_retry"]
-_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Path, EmbeddedTransport]] = WeakKeyDictionary()
+_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], Transport]] = WeakKeyDictionary()
 
 
 def default_transport() -> Transport:
     """The API server that DSEC_URL names (key in DSEC_API_KEY), else this host's Edge in DSEC_HOME."""
-    url = os.environ.get("DSEC_URL")
-    if url:
-        remote = import_module("dsec.api.client")  # the API server's room
-        return remote.RemoteTransport(url, os.environ.get("DSEC_API_KEY", ""))
     from dsec.guest.build import home
 
-    per_home = _shared.setdefault(asyncio.get_running_loop(), {})
-    folder = home()
-    if folder not in per_home:
-        per_home[folder] = EmbeddedTransport(folder)
-    return per_home[folder]
+    url = os.environ.get("DSEC_URL", "")
+    where = (url, os.environ.get("DSEC_API_KEY", "")) if url else ("", str(home()))
+    shared = _shared.setdefault(asyncio.get_running_loop(), {})
+    if where not in shared:
+        remote = import_module("dsec.api.client")  # the API server's room
+        shared[where] = remote.RemoteTransport(*where) if url else EmbeddedTransport(Path(where[1]))
+    return shared[where]
 
 
 class _Part:

@@ -1,5 +1,5 @@
-"""The API server's routes. `/v1/ops` and `/v1/streams` carry the SDK (`dsec.api.client`); the others are for people,
-curl and other languages; `/` is the fleet page. Every answer of an error is the JSON of `dsec.errors.to_wire`."""
+"""The API server's routes for people, curl and other languages; `/` is the fleet page. The SDK's own two paths are
+answered before them, in `dsec.api.wire`. Every answer of an error is the JSON of `dsec.errors.to_wire`."""
 
 from __future__ import annotations
 
@@ -18,27 +18,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from dsec.api.e2b import router as e2b
 from dsec.api.metrics import metrics
 from dsec.api.service import Service, new_key
-from dsec.cluster.link import decode, encode
+from dsec.api.wire import Wire, token_of
 from dsec.cluster.store import Key, Project
 from dsec.errors import DsecError, Forbidden, InvalidRequest, NotFound, to_wire
 from dsec.types import Spec
 
 PAGE = Path(__file__).with_name("fleet.html")
-MAX_BODY = 1 << 29
-
-
-def token_of(request: Request) -> str:
-    """X-API-Key, or Authorization: Bearer."""
-    given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not given:
-        raise Forbidden("no API key: send it as X-API-Key")
-    return given
 
 
 async def user(request: Request) -> Key:
     """Whose key the request carries."""
     service: Service = request.app.state.service
-    return await service.who(token_of(request))
+    return await service.who(token_of(request.headers))
 
 
 async def admin(request: Request) -> Key:
@@ -65,6 +56,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="DSec", docs_url="/docs", redoc_url=None, lifespan=life)
     app.state.service = service
     app.include_router(e2b)
+    app.add_middleware(Wire, service=service)
 
     @app.exception_handler(DsecError)
     async def wrong(request: Request, error: DsecError) -> JSONResponse:
@@ -72,38 +64,6 @@ def make_app(service: Service) -> FastAPI:
             code = 401 if isinstance(error, Forbidden) else max(400, error.status)
             return JSONResponse({"code": code, "message": error.message}, code)
         return JSONResponse(to_wire(error), max(400, error.status))
-
-    # The SDK
-
-    async def message(request: Request) -> tuple[dict[str, Any], bytes]:
-        if int(request.headers.get("content-length", 0)) > MAX_BODY:
-            raise InvalidRequest(f"a body has at most {MAX_BODY} bytes")
-        try:
-            args, data = decode(await request.body())
-        except ValueError as error:
-            raise InvalidRequest(f"not a message: {error}") from None
-        if not isinstance(args, dict):
-            raise InvalidRequest("arguments are a JSON object")
-        return args, data
-
-    @app.post("/v1/ops/{op}")
-    async def operate(op: str, request: Request, user: User) -> Response:
-        args, data = await message(request)
-        answer, out = await service.call(user.project, op, args, data)
-        return Response(encode(answer, out), media_type="application/x-dsec")
-
-    @app.post("/v1/streams/{op}")
-    async def follow(op: str, request: Request, user: User) -> Response:
-        args, _ = await message(request)
-
-        async def events() -> AsyncIterator[bytes]:
-            try:
-                async for kind, data in service.stream(user.project, op, args):
-                    yield encode({"event": kind}, data)
-            except DsecError as error:
-                yield encode({"error": to_wire(error)})
-
-        return StreamingResponse(events(), media_type="application/x-dsec")
 
     # Sandboxes as JSON
 

@@ -76,7 +76,14 @@ def serve(
         start_node(folder, url)
     service = Service(opened, os.environ.get("DSEC_TOKEN", ""))
     typer.echo(f"fleet page and API on http://{host}:{port}")
-    uvicorn.run(make_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.run(
+        make_app(service),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,  # longer than the SDK keeps a connection, so that it never asks on one just closed
+    )
 
 
 @app.command()

@@ -248,12 +248,12 @@ class Service:
                         self.control.again(reservation.order, ticket)
                         return
                     reservation = other
-            await self._control(self.control.started, reservation, answer["counted"])
         except DsecError as error:
             if not ticket.done():
                 ticket.set_exception(error)
             return
         self._rows.put(row.id, row)
+        self._thread.submit(self.control.started, reservation, answer["counted"], answer["warm"])
         if not ticket.done():
             ticket.set_result(SandboxInfo(**outward(answer["info"])))
         elif not reservation.order.key and reservation.fresh:  # nobody waits for it, and nobody can ask for it again
@@ -328,6 +328,8 @@ class Service:
             answer, _ = await self._link(row.edge).call("cluster.stop", {"id": row.id}, timeout=30)
         except Unreachable:
             return {"killed": await self._read(self.store.change, row.id, "stopping", "killed")}
+        if answer["killed"]:
+            self._thread.submit(self.control.ended, row)
         return answer
 
     async def fork(self, project: str, row: Row, count: int) -> list[dict[str, Any]]:

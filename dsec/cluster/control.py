@@ -192,8 +192,17 @@ class Control:
             raise Capacity(f"{row.id} was given up on")
         return Reservation(moved, order, True, reservation.tried | {edge})
 
-    def started(self, reservation: Reservation, counted: int) -> None:
+    def started(self, reservation: Reservation, counted: int, warm: bool = False) -> None:
+        """``warm``: it was taken from the Edge's stock."""
         self.placement.settle(reservation.row.id, counted)
+        if warm:
+            self.placement.refund(reservation.row.edge)
+
+    def ended(self, row: Row) -> None:
+        """Its Edge says that it is gone: its place and its share are free before the next report and count."""
+        self.placement.ended(row.id, row.edge, row.budget)
+        if self.live.get(row.project):
+            self.live[row.project] -= 1
 
     def abandon(self, reservation: Reservation) -> None:
         """No answer: it may run, so it is told to stop and no other Edge gets it; the row ends when its own Edge has

@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,25 +199,25 @@ class Node:
 
         Raises Capacity or Fenced when it was not started and will not be.
         """
-        counted = self.member.admit(row)
+        spec = Spec.from_dict(dict(row.spec))
+        warm = spec.trajectory is None and row.id not in self.boxes and self.edge.pool.has(spec)
+        counted = self.member.admit(row, warm)
         resumed = row.id in self.boxes and bool(row.spec.get("trajectory"))  # its log goes back to the beginning
         if (row.id not in self.boxes or resumed) and row.id not in self._starting:
-            self._starting[row.id] = asyncio.create_task(self._start(row))
+            self._starting[row.id] = asyncio.create_task(self._start(row, spec))
         if row.id in self._starting:
             info = await asyncio.shield(self._starting[row.id])
         else:
             info = self.boxes[row.id].info()
-        return {"info": info.as_dict() | {"id": row.id, "host": self.place.id}, "counted": counted}, b""
+        return {"info": info.as_dict() | {"id": row.id, "host": self.place.id}, "counted": counted, "warm": warm}, b""
 
-    async def _start(self, row: Row) -> SandboxInfo:
+    async def _start(self, row: Row, spec: Spec) -> SandboxInfo:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            spec = Spec.from_dict(dict(row.spec))
             key = None if spec.trajectory else row.id  # a trajectory finds its sandbox by itself
             spec = spec.but(idempotency_key=key, metadata={**spec.metadata, LABEL: row.id})
-            answer, _ = await self.edge.call("create", {"spec": spec.as_dict()})
-            info = SandboxInfo(**answer)
+            info = await self.edge.op_create(spec)
             self.boxes[row.id] = self.edge.boxes[info.id]
             self.member.images.add(spec.image)
             self.member.rate.record((loop.time() - began) / USUAL[spec.substrate])
@@ -301,6 +301,15 @@ async def serve(home: Path, store: str, name: str, zone: str, listen: str, token
     lock.close()
 
 
+def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where it is installed (uvicorn's "standard" extra brings it), else asyncio's own."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return new_event_loop
+
+
 def main() -> None:
     """`python -m dsec.cluster.node --store URL [--listen HOST:PORT]`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -313,7 +322,8 @@ def main() -> None:
     home = given.home or default_home()
     home.mkdir(parents=True, exist_ok=True)
     token = os.environ.get("DSEC_TOKEN", "")
-    asyncio.run(serve(home, given.store, given.name, given.zone, given.listen, token))
+    with asyncio.Runner(loop_factory=fast_loop()) as runner:
+        runner.run(serve(home, given.store, given.name, given.zone, given.listen, token))
 
 
 if __name__ == "__main__":

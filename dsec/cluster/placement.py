@@ -236,6 +236,11 @@ class Placement:
         if host := self._hosts.get(edge):
             host.slots = max(host.slots, host.capacity.slots)
 
+    def refund(self, edge: str) -> None:
+        """A sandbox came from the host's stock: nothing was started, so the start rate has its token back."""
+        if host := self._hosts.get(edge):
+            host.tokens += 1
+
     def settle(self, id: str, counted: int | None) -> None:
         """The Edge answered: it will count the sandbox from report ``counted`` on, or (None) it does not run it."""
         if host := self._where.get(id):
@@ -246,6 +251,15 @@ class Placement:
                 self._full.clear()
             else:
                 host.overlay[id] = (budget, counted)
+
+    def ended(self, id: str, edge: str, budget: Budget) -> None:
+        """A sandbox is gone, and its host's next report will say so: its room is free now. Without this a server that
+        creates and kills would think a host full until it reports again."""
+        if id in self._where:
+            self.settle(id, None)
+        elif host := self._hosts.get(edge):
+            host.take(budget, -1)
+            self._full.clear()
 
     def booked(self) -> list[str]:
         """Ids that no report counts yet."""

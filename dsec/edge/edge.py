@@ -1,7 +1,7 @@
 """Owns this host's sandboxes. Every operation of the API is a method named op_*; server.py and tests call `call`.
 
 Order with a trajectory (spec 3.6): BEGIN durable, run, END durable, reply. Without one the operation just runs. What
-the Edge must not forget lies in each sandbox's folder (state.json) and in its agent, so a new Edge takes over where a
+the Edge must not forget lies in each sandbox's folder (state.jsonl) and in its agent, so a new Edge takes over where a
 killed one stopped.
 """
 
@@ -90,7 +90,7 @@ class Edge(FileOperations, NetworkOperations):
 
     async def _adopt(self, folder: Path) -> None:
         try:
-            state = json.loads((folder / "state.json").read_text())
+            state = Box.saved(folder)
             spec = Spec.from_dict(state["spec"])
         except (OSError, ValueError, KeyError, DsecError):
             await asyncio.to_thread(shutil.rmtree, folder, True)  # never finished being made
@@ -106,6 +106,8 @@ class Edge(FileOperations, NetworkOperations):
             if state["running"] is None:
                 raise NotFound("it was being made when the Edge ended")
             box.running = await self.substrate(spec.substrate).adopt(box.id, spec, folder, state["running"])
+            if self.pool.stocked(spec):
+                raise NotFound("it was in stock, and nobody owns it")
             if box.state == "running":
                 await asyncio.wait_for(box.recover(), 20)
         except (DsecError, TimeoutError) as error:

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from dsec.edge.box import Box
     from dsec.edge.edge import Edge
 
+READY = {"dsec": "ready"}
+"""The metadata of what is in stock."""
 SAME = ("substrate", "image", "cpu", "memory", "disk", "pids", "network")
 FOREVER = 10 * 365 * 86400.0
+PAUSE = 0.03
+"""Seconds before a stock that is more than half full is filled up: the claimed sandbox's first command goes first."""
 
 
 class Pool:
@@ -37,20 +41,20 @@ class Pool:
         if not 0 <= size <= self._edge.max_live:
             raise InvalidRequest(f"a pool holds 0 to {self._edge.max_live}, not {size!r}")
         kind = self._kind(spec)
-        plain = Spec(**{name: getattr(spec, name) for name in SAME}, timeout=FOREVER, metadata={"dsec": "ready"})
+        plain = Spec(**{name: getattr(spec, name) for name in SAME}, timeout=FOREVER, metadata=READY)
         self._wanted[kind] = (plain, size)
         ready = self._ready.setdefault(kind, deque())
-        while len(ready) > size:
-            await self._edge.op_kill(ready.pop().id)
         self._fill(kind)
         await self._filling[kind]
+        while len(ready) > size:  # also what was being made when the size changed
+            await self._edge.op_kill(ready.pop().id)
         return len(ready)
 
     def claim(self, spec: Spec) -> Box | None:
         """A ready one that becomes the caller's, or None. Its place is filled in the background."""
         kind = self._kind(spec)
         ready = self._ready.get(kind)
-        while ready:
+        while ready and ready[0].isolation >= spec.isolation_min:
             box = ready.popleft()
             if box.state == "running":
                 box.spec, box.created, box.deadline = spec, time.time(), time.time() + spec.timeout
@@ -61,6 +65,16 @@ class Pool:
         if ready is not None:
             self._fill(kind)
         return None
+
+    @staticmethod
+    def stocked(spec: Spec) -> bool:
+        """Whether this is what a sandbox in stock was made with (its Edge may have died since)."""
+        return spec.timeout == FOREVER and spec.metadata == READY
+
+    def has(self, spec: Spec) -> bool:
+        """Whether a claim would be served from stock."""
+        ready = self._ready.get(self._kind(spec), ())
+        return any(box.state == "running" and box.isolation >= spec.isolation_min for box in ready)
 
     def _fill(self, kind: tuple[object, ...]) -> None:
         if kind not in self._filling or self._filling[kind].done():
@@ -73,6 +87,8 @@ class Pool:
             missing = size - len(ready)
             if missing <= 0:
                 return
+            if 2 * missing < size:
+                await asyncio.sleep(PAUSE)
             made = await asyncio.gather(*(self._one(spec) for _ in range(min(missing, 4))), return_exceptions=True)
             for box in made:
                 if isinstance(box, DsecError):

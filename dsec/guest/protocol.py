@@ -25,6 +25,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, Timeout
 from dsec.guest.streams import KINDS, Streams
@@ -191,10 +192,9 @@ class Agent(asyncio.Protocol):
     # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by descent
         if self._hunt is not None:
-            transport.write(MAGIC)
+            self._transport.write(MAGIC)
 
     def pause_writing(self) -> None:
         self._writable.clear()

@@ -12,6 +12,9 @@ import httpx
 import pytest
 from conftest import Cluster
 
+from dsec.cluster.placement import StartRate
+from dsec.types import Spec
+
 SPEC = {"substrate": "container", "timeout": 120, "memory": 128, "pids": 32}
 
 
@@ -227,6 +230,25 @@ def test_an_urgent_create_ends_a_less_important_one(cluster: Cluster, monkeypatc
         assert gone.status_code == 410 and gone.json()["error"] == "Preempted"
         kill_all(blue)
         kill_all(admin)
+
+
+def test_stock_is_handed_out_however_slowly_a_host_starts(cluster: Cluster) -> None:
+    """A claim starts nothing: with no start left for minutes it is answered at once, and a cold create is not."""
+    spec = Spec.from_dict(SPEC | {"memory": 96})
+    for node in cluster.nodes:
+        cluster.run(node.edge.pool.resize(spec, 3))
+        node.member.rate = StartRate(time.monotonic(), 1e-6, low=1e-6, high=1e-6)
+    try:
+        with cluster.client(cluster.blue) as blue:
+            made = [create(blue, memory=96) for _ in range(4)]
+            assert {execute(blue, each["id"], "echo a")["result"]["stdout"] for each in made} == {"a\n"}
+            cold = blue.post("/v1/sandboxes", params={"wait": 1}, json=SPEC | {"memory": 97})
+            assert cold.json()["error"] == "Capacity"
+            kill_all(blue)
+    finally:
+        for node in cluster.nodes:
+            node.member.rate = StartRate(time.monotonic())
+            cluster.run(node.edge.pool.resize(spec, 0))
 
 
 def test_prometheus_reads_it(cluster: Cluster) -> None:

@@ -153,3 +153,30 @@ def test_victims_are_the_least_important_the_fewest_and_the_youngest() -> None:
     assert [r.id for r in victims(rows, Budget(1, 500), 3, free)] == ["big"]
     assert victims(rows, Budget(1, 100), 0, free) == [] == victims(rows, Budget(2, 5000), 9, free)
     assert [r.id for r in victims(rows, Budget(1, 150), 3, free | {"a": Budget(0, 50, 2**62, 2**62)})] == ["old"]
+
+
+def test_what_comes_from_stock_costs_no_start() -> None:
+    view = cluster(1, rate=2.0)
+    for n in range(50):
+        assert view.place(str(n), Budget(1), "?", 1.0) == "h0"
+        view.settle(str(n), None)
+        view.refund("h0")
+    for n in range(2):  # the second's own two starts are still there
+        assert view.place(f"cold{n}", Budget(1), "?", 1.0) == "h0"
+    assert isinstance(view.place("cold2", Budget(1), "?", 1.0), Refusal)
+
+
+def test_what_ended_makes_room_before_the_next_report() -> None:
+    view = cluster(1, slots=2)
+    for n in range(2):
+        assert view.place(str(n), Budget(1), "?", 1.0) == "h0"
+    view.settle("0", 7)
+    assert view.place("2", Budget(1), "?", 1.0) == Refusal(True, 1.0)
+    view.ended("0", "h0", Budget(1))
+    assert view.place("2", Budget(1), "?", 1.0) == "h0"
+    view.report(Report("h0", Budget(2, 1000, 0, 0), Budget(2), 8, 1e9), 2.0)  # "1" and "2" are in it, "2" also booked
+    view.settle("1", 8)
+    view.settle("2", 8)
+    view.ended("1", "h0", Budget(1))
+    assert view.place("3", Budget(1), "?", 2.0) == "h0"
+    assert view.place("4", Budget(1), "?", 2.0) == Refusal(True, 1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -16,8 +15,18 @@ from typing import Any
 import pytest
 
 from dsec import AsyncSandbox
+from dsec.edge.box import Box
 from dsec.edge.edge import Edge
-from dsec.errors import Capacity, Diverged, NotFound, OutcomeUnknown, SandboxFailed, StateLost
+from dsec.errors import (
+    Capacity,
+    Diverged,
+    NotFound,
+    OutcomeUnknown,
+    SandboxFailed,
+    StateLost,
+    SubstrateUnavailable,
+)
+from dsec.types import Spec
 from tests.dsec.conftest import Host
 
 
@@ -79,7 +88,7 @@ def test_a_killed_edge_loses_nothing(own: Host) -> None:
 def test_a_sandbox_that_died_while_no_edge_ran_is_gone(own: Host) -> None:
     box = own.create(timeout=60)
     box.commands.run("true")
-    state = json.loads((own.home / "sandboxes" / box.id / "state.json").read_text())
+    state = Box.saved(own.home / "sandboxes" / box.id)
     own.kill()
     children = Path(f"/proc/{state['running']['pid']}/task/{state['running']['pid']}/children").read_text().split()
     for pid in children:
@@ -154,6 +163,40 @@ def test_a_pool_makes_creation_a_claim(root_host: Host) -> None:
             box.kill()
     finally:
         assert root_host.sync("pool", 0, memory=128, disk=32) == 0
+
+
+def test_stock_never_gives_less_isolation_than_asked_for(root_host: Host) -> None:
+    assert root_host.sync("pool", 1, memory=128, disk=32) == 1
+    try:
+        with pytest.raises(SubstrateUnavailable, match="isolation level"):
+            root_host.create(memory=128, disk=32, isolation_min=3)
+    finally:
+        root_host.sync("pool", 0, memory=128, disk=32)
+
+
+def test_stock_dies_with_its_edge(make_host: Callable[[str], Host]) -> None:
+    host = make_host("root")
+    host.sync("pool", 2, memory=128, disk=32)
+    claimed = host.create(memory=128, disk=32, timeout=60)
+    host.kill()
+    host.start()
+    assert [info.id for info in host.sync("list")] == [claimed.id], "what nobody owns does not live on"
+    assert claimed.commands.run("echo mine").stdout == "mine\n"
+    assert [path.name for path in (host.home / "sandboxes").iterdir()] == [claimed.id]
+    host.stop()
+
+
+def test_the_last_whole_state_counts_and_old_ones_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsec.edge.box.MAX_STATE", 3000)
+    box = Box("sb-1", Spec(), tmp_path, "here", 2, {})
+    for n in range(50):
+        box.deadline = float(n)
+        box.save()
+        assert Box.saved(tmp_path)["deadline"] == n
+        data = (tmp_path / "state.jsonl").read_bytes()
+        assert len(data) < 6000
+        (tmp_path / "state.jsonl").write_bytes(data + data[-40 - n : -3])  # killed in the next write
+        assert Box.saved(tmp_path)["deadline"] == n
 
 
 def test_many_at_once(root_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
