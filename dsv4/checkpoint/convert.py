@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -61,26 +61,40 @@ def convert(source: Path, path: Path, to: str, *, quantise: bool = False, expert
         same = to == "official" and not plain and config.expert_dtype == folder.config.expert_dtype
 
         def finish(staging: Path) -> None:
-            if same:  # the release's own words, where nothing changed
-                shutil.copy2(source / "config.json", staging)
-            else:
+            if not same:
                 target.write_config(staging)
-            for entry in source.iterdir():
-                if entry.suffix != ".safetensors" and entry.name not in (INDEX, "config.json"):
-                    if entry.is_dir():
-                        shutil.copytree(entry, staging / entry.name, dirs_exist_ok=True)
-                    else:
-                        shutil.copy2(entry, staging)
+            copy_others(source, staging, config=same)  # the release's own words, where nothing changed
 
-        files = sorted({place.stored.file for place in folder.places.values()})
-        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        plan = {"from": str(source.resolve()), "to": to, "quantise": quantise, "experts": expert_dtype, "files": stamps}
+        plan = {"from": str(source.resolve()), "to": to, "quantise": quantise, "experts": expert_dtype}
+        plan["files"] = stamps({place.stored.file for place in folder.places.values()})
         shards = shards_by_layer(sources) if dtype == "native" else shards_of_size(sources, 4 * GIGABYTE)
         write_folder(path, shards, finish, plan)
 
 
-def write_folder(path: Path, shards: list[list[Source]], finish: Callable[[Path], None], plan: dict[str, Any]) -> None:
-    """Writes shards, index and whatever ``finish`` adds; ``path`` appears when all is there and synced.
+def copy_others(source: Path, staging: Path, config: bool = True) -> None:
+    """Copies everything of a model folder that is not weights; config.json only where it still holds."""
+    for entry in source.iterdir():
+        if entry.suffix != ".safetensors" and entry.name != INDEX and (config or entry.name != "config.json"):
+            if entry.is_dir():
+                shutil.copytree(entry, staging / entry.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(entry, staging)
+
+
+def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells one set of source files from another: names, sizes, times."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+
+
+def write_folder(
+    path: Path,
+    shards: list[list[Source]],
+    finish: Callable[[Path], None],
+    plan: dict[str, Any],
+    name: Callable[[int, int], str] = shard_name,
+) -> None:
+    """Writes shards, called ``name(number, count)``, and whatever ``finish`` adds, with an index where the names are
+    those that have one; ``path`` appears when all is there and synced.
 
     Finished shards wait in ``.NAME.partial`` beside it; a run with the same ``plan`` keeps them, one with another plan
     is refused with a ValueError.
@@ -91,13 +105,13 @@ def write_folder(path: Path, shards: list[list[Source]], finish: Callable[[Path]
     staging = path.with_name(f".{path.name}.partial")
     sizes = [8 + len(header(shard)) + sum(source.spec.nbytes for source in shard) for shard in shards]
     with _claimed(staging, json.dumps(plan, sort_keys=True, default=str)):
-        done = [(staging / shard_name(n, len(shards))).is_file() for n in range(1, len(shards) + 1)]
+        done = [(staging / name(n, len(shards))).is_file() for n in range(1, len(shards) + 1)]
         left = sum(size for size, there in zip(sizes, done) if not there)
         if (free := shutil.disk_usage(staging).free) < left:
             raise OSError(f"{path} needs {left:,} more bytes, its disk has {free:,}")
         with Progress(sum(sizes), "convert", "B", done=sum(sizes) - left) as bar:
             for number, shard in enumerate(shards, 1):
-                file = staging / shard_name(number, len(shards))
+                file = staging / name(number, len(shards))
                 if done[number - 1]:
                     continue
                 fresh = file.with_suffix(".tmp")
@@ -108,7 +122,8 @@ def write_folder(path: Path, shards: list[list[Source]], finish: Callable[[Path]
                     fresh.unlink(missing_ok=True)
                     raise
                 os.replace(fresh, file)
-        write_index(staging, shards)
+        if name is shard_name:
+            write_index(staging, shards)
         finish(staging)
         (staging / "plan.json").unlink()
         for entry in sorted(staging.rglob("*"), reverse=True):

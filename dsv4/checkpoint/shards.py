@@ -22,6 +22,8 @@ from dsv4.checkpoint.inventory import BYTES, TensorSpec
 from dsv4.checkpoint.layouts import Index, piece_shape
 
 INDEX = "model.safetensors.index.json"
+RANKED = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+"""A file of a folder that is cut for several devices: rank, ranks."""
 PLAIN = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -108,6 +110,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             raise ValueError(f"{folder} lacks shards that its index names: {listed(files - present)}")
         if stray := {name for name in present - files if name.startswith("model-")}:
             raise ValueError(f"{folder} holds shards that its index does not name: {listed(stray)}")
+    elif any(RANKED.fullmatch(name) for name in present):
+        raise ValueError(f"{folder} is cut for several devices: join it first (dsv4 convert {folder} DST)")
     elif len(present) == 1:
         files, wanted = present, None
     else:
