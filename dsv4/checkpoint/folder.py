@@ -6,11 +6,13 @@ Every name, shape and dtype is checked from the files' headers before the first 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import BinaryIO
 
@@ -45,6 +47,7 @@ class Folder:
         self.places = _places(self.path, read_headers(self.path))
         self.config = _match(self.path, self.config, self.places)
         self._open: dict[Path, BinaryIO] = {}
+        self._opening = Lock()
 
     @property
     def quantised(self) -> bool:
@@ -63,6 +66,13 @@ class Folder:
         with self._blame(name):
             packed.check()
         return packed
+
+    def foresee(self, name: str) -> None:
+        """Asks the operating system to have a tensor's bytes ready; returns at once."""
+        place = self.places[name]
+        for spec in (place.stored, place.scale):
+            if spec is not None and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._stream(spec).fileno(), spec.offset, spec.nbytes, os.POSIX_FADV_WILLNEED)
 
     def fill(self, name: str, target: torch.Tensor) -> None:
         """The exact values into ``target``, rounded only where its dtype is narrower than what is stored."""
@@ -96,9 +106,13 @@ class Folder:
         return math.prod(shape) * BYTES[place.stored.dtype] + (place.scale.nbytes if place.scale else 0)
 
     def _tensor(self, spec: Stored, index: Index, out: torch.Tensor | None) -> torch.Tensor:
-        if spec.file not in self._open:
-            self._open[spec.file] = spec.file.open("rb")
-        return read_tensor(spec, self._open[spec.file], index, out)
+        return read_tensor(spec, self._stream(spec), index, out)
+
+    def _stream(self, spec: Stored) -> BinaryIO:
+        with self._opening:
+            if spec.file not in self._open:
+                self._open[spec.file] = spec.file.open("rb", buffering=0)
+            return self._open[spec.file]
 
     def __enter__(self) -> Folder:
         return self

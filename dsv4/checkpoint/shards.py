@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable
@@ -80,7 +81,7 @@ def read_header(file: Path) -> list[Stored]:
 
 def read_tensor(spec: Stored, stream: BinaryIO, index: Index = (), out: torch.Tensor | None = None) -> torch.Tensor:
     """``tensor[index]`` of the tensor that ``spec`` describes, from its open file; reads no other part of it. Into
-    ``out`` where that is given, without a copy if it can hold the bytes as they are."""
+    ``out`` where that is given, without a copy if it can hold the bytes as they are. Threads may share ``stream``."""
     shape, begin, whole = piece_shape(spec.shape, index), 0, spec.shape
     for depth, position in enumerate(index):
         first = position if isinstance(position, int) else range(whole[depth])[position].start
@@ -88,10 +89,11 @@ def read_tensor(spec: Stored, stream: BinaryIO, index: Index = (), out: torch.Te
     dtype = TORCH[spec.dtype]
     direct = out is not None and out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
     data = out if out is not None and direct else torch.empty(shape, dtype=dtype)
-    stream.seek(spec.offset + begin * BYTES[spec.dtype])
-    room = data.view(-1).view(torch.uint8).numpy().data
-    if stream.readinto(room) != room.nbytes:  # type: ignore[attr-defined]
-        raise ValueError(f"{spec.file} was truncated while it was read, at {spec.name}")
+    room, at = data.view(-1).view(torch.uint8).numpy().data, spec.offset + begin * BYTES[spec.dtype]
+    while room.nbytes:  # a call reads at most 2 GiB
+        if not (count := os.preadv(stream.fileno(), [room], at)):
+            raise ValueError(f"{spec.file} was truncated while it was read, at {spec.name}")
+        room, at = room[count:], at + count
     return data if out is None or direct else out.copy_(data)
 
 

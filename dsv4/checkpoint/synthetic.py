@@ -38,14 +38,17 @@ def slice_of(config: Config, layers: list[int], experts: int | None = None) -> C
     )
 
 
-def synthesise(preset: str, layers: list[int], path: Path, *, experts: int | None = None, seed: int = 0) -> None:
+def synthesise(
+    preset: str | Config, layers: list[int], path: Path, *, experts: int | None = None, seed: int = 0
+) -> None:
     """Writes the folder: config.json, generation_config.json, a shard per layer and the index. Peak memory is one
-    tensor (the embedding). A preset without a released format gets FP4 experts."""
-    config = slice_of(Config.preset(preset), layers, experts)
+    tensor (the embedding). A preset or config without a released format gets FP4 experts."""
+    whole = Config.preset(preset) if isinstance(preset, str) else preset
+    config = slice_of(whole, layers, experts)
     target = Target.of(config, "official", "native", quantise=True)
     known = {tensor.name: tensor for tensor in tensors(target.config)}
     sources = target.sources(lambda name: _random(target.config, known[name], seed))
-    plan = {"synthesise": preset, "layers": layers, "experts": experts, "seed": seed}
+    plan = {"synthesise": whole.to_dict("official"), "layers": layers, "experts": experts, "seed": seed}
     write_folder(path, shards_by_layer(sources), target.write_config, plan)
 
 

@@ -4,7 +4,7 @@ by hand, from an independent implementation; and experts streamed from disk."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 import dsv4
 import dsv4.model.moe as moe
 from dsv4.checkpoint.experts import StreamedStack, parse_bytes
+from dsv4.checkpoint.folder import Folder
 from dsv4.checkpoint.layouts import home
 from dsv4.cli.inspect import examine
 from dsv4.model import Transformer
@@ -257,6 +258,45 @@ def test_least_recently_used_leaves_first(release: Path) -> None:
     keys = list(cache.held)
     assert ("layers.1.ffn.experts", 0) in keys and ("layers.1.ffn.experts", 1) not in keys
     assert len(keys) == cache.room and keys[-1] == ("layers.2.ffn.experts", 3)
+
+
+def test_experts_are_read_before_they_are_fetched(release: Path, tokens: Tensor, monkeypatch: Patch) -> None:
+    """Decoding: all of a call's experts are on their way at once, the next layer's have been announced to the system,
+    and where the router looks tokens up they are exactly the ones it will ask for."""
+    model = dsv4.load(release, dtype="native", expert_memory="1MB")
+    announced: list[str] = []
+    fetched: list[tuple[str, list[int]]] = []
+    monkeypatch.setattr(Folder, "foresee", lambda folder, name: announced.append(name))
+    ask = StreamedStack.ask
+
+    def noted(stack: StreamedStack, experts: Iterable[int]) -> None:
+        fetched.append((stack.prefix, list(experts)))
+        ask(stack, fetched[-1][1])
+        assert {(stack.prefix, e) for e in fetched[-1][1]} <= {*stack.cache.held, *stack.cache.coming}
+
+    monkeypatch.setattr(StreamedStack, "ask", noted)
+    with torch.no_grad():
+        model(tokens[:, :1])
+    layers = [prefix for prefix, experts in fetched if experts]
+    assert {*layers} == {f"layers.{n}.ffn.experts" for n in range(5)}
+    one = next(experts for prefix, experts in fetched if prefix == "layers.1.ffn.experts")
+    assert model.layers[1].layer.router == "hash" and len(one) == 2
+    wanted = {f"layers.1.ffn.experts.{e}.{w}.weight" for e in one for w in ("w1", "w2", "w3")}
+    assert wanted == {name for name in announced if name.startswith("layers.1.")}
+    assert not model.layers[0].ffn.experts.w1.cache.coming
+
+
+def test_what_is_asked_for_stays_within_the_budget(release: Path) -> None:
+    stack = dsv4.load(release, dtype="native", expert_memory="20 KB").layers[1].ffn.experts.w1
+    assert isinstance(stack, StreamedStack)
+    cache = stack.cache
+    assert cache.room == 6
+    for round in range(20):
+        stack.ask([round % 4, (round + 1) % 4, (round + 2) % 4])
+        cache.ask([("layers.2.ffn.experts", e) for e in range(4)], lambda key: stack._read(key[1]))
+        assert len(cache.held) + len(cache.coming) <= cache.room
+        stack[round % 4]
+        assert len(cache.held) + len(cache.coming) <= cache.room and cache.nbytes <= 20_000
 
 
 def test_streamed_model_saves_its_experts(release: Path, tmp_path: Path) -> None:

@@ -142,18 +142,23 @@ def expanded(weight: Packed) -> Tensor:
 
 def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     """See `numerics.packed_experts`. A streamed stack is asked for the chosen experts alone, at most ``w1.room`` at a
-    time; in rising order, so that the sums are those of one call."""
+    time, half of them being read while the others work; in rising order, so that the sums are those of one call."""
     rows = rounded(x)
     if isinstance(w1, Packed):
         scales = [powers(w) for w in (w1, w2, w3)]
         table = _places(w1.elements, w2.elements, w3.elements, *(s for s in scales if s is not None))
         return _experts(f"experts_{_name(w1)}", rows, experts, weights, table, w1.shape[1], limit)
     out = torch.zeros(*x.shape)
-    for group in experts.unique().split(w1.room):
+    used = experts.unique().tolist()
+    size = len(used) if len(used) <= w1.room else max(w1.room // 2, 1)
+    turns = [used[start : start + size] for start in range(0, len(used), size)]
+    w1.ask(turns[0])
+    for turn, following in zip(turns, [*turns[1:], []]):
         table, held = torch.zeros(w1.shape[0], 6, dtype=torch.int64), []
-        for e in group.tolist():
+        for e in turn:
             one = [w[e] for w in (w1, w2, w3)]
             held.append([*(w.elements for w in one), *(p for w in one if (p := powers(w)) is not None)])
             table[e] = torch.tensor([t.data_ptr() for t in held[-1]])
+        w1.ask(following)
         _experts(f"experts_{_name(one[0])}", rows, experts, weights, table, w1.shape[1], limit, out)
     return out
