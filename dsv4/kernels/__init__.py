@@ -29,7 +29,6 @@ __all__ = [
     "choose",
     "collapse",
     "expert",
-    "fused_attention",
     "grouped_linear",
     "hc_enter",
     "hc_leave",
@@ -117,7 +116,12 @@ def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:
         return _triton.linear.linear(x, weight, wide)
     if _cpu_linear.usable(x, weight):
         return _cpu_linear.linear(x, weight, wide)
-    return F.linear(x.float(), weight.float()) if wide else F.linear(x, weight)
+    if not wide:
+        return F.linear(x, weight)
+    if weight.dtype == torch.float32 or x.shape[:-1].numel() > 16:
+        return F.linear(x.float(), weight.float())
+    # Few rows: the matrix is widened a piece at a time, in the cache.
+    return torch.cat([F.linear(x.float(), rows.float()) for rows in weight.split(2048)], -1)
 
 
 def grouped_linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
@@ -162,21 +166,14 @@ def expert(x: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     return linear(hidden.to(x.dtype), w2).float()
 
 
-def fused_attention(q: Tensor) -> bool:
-    """Whether `choose` and `attend` can serve these queries: inference on a CPU with a compiler or on a
-    CUDA device with triton. Elsewhere `joint_attention` with masks does the same."""
-    return (_triton.usable(q) and not torch.is_grad_enabled()) or _cpu_attend.usable(q)
-
-
 def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The lightning indexer's choice (eqs. 16-17): of the entries low <= e < high the k with the largest
     sum_h w_h ReLU(q_h . key_e), the lowest index first among equals.
 
     q [B, T, H, dim], weights float32 [B, T, H], keys [B, E, dim], low and high int64 [B, T] -> int32 [B, T, k],
-    ascending, and how many of them count, int32 [B, T].
+    ascending, and how many of them count, int32 [B, T]. Inference only; `reference.choose` is the specification.
     """
-    backend = _triton.attend if _triton.usable(q) else _cpu_attend
-    return backend.choose(q, weights, keys, low, high, k)
+    return _inference(q).choose(q, weights, keys, low, high, k)
 
 
 def attend(
@@ -187,9 +184,15 @@ def attend(
 
     q [B, T, H, d]; near [B, N, d], of which a query reads near_from <= r < near_to (int32 [B, T]); far [B, E, d], of
     which it reads low <= e < high (int64 [B, T]) or those `choose` picked; sink float32 [H]. Returns [B, T, H, d].
+    Inference only (`joint_attention` has gradients); `reference.attend` is the specification.
     """
-    backend = _triton.attend if _triton.usable(q) else _cpu_attend
-    return backend.attend(q, near, near_from, near_to, far, low, high, picked, sink, scale)
+    return _inference(q).attend(q, near, near_from, near_to, far, low, high, picked, sink, scale)
+
+
+def _inference(q: Tensor) -> Any:
+    if _triton.usable(q):
+        return _triton.attend
+    return _cpu_attend if _cpu_attend.usable(q) else reference
 
 
 def pool(kv: Tensor, gate: Tensor) -> Tensor:

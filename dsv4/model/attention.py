@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import attend, choose, fused_attention, grouped_linear, joint_attention, rms_norm, rotate, top_mask
+from dsv4.kernels import attend, choose, grouped_linear, joint_attention, rms_norm, rotate, top_mask
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer, index_loss
 from dsv4.model.layers import Linear, Norm, unrounded
 from dsv4.model.plan import Plan
 from dsv4.model.state import LayerState
-
-_SCRATCH_FLOATS = 1 << 24  # scratch of one piece of queries when no gradient is wanted: 64 MiB of float32
 
 
 @dataclass
@@ -33,6 +31,11 @@ class Trace:
     index_losses: list[Tensor] = field(default_factory=list)
     balance_losses: list[Tensor] = field(default_factory=list)
     load: list[Tensor] = field(default_factory=list)
+
+
+def differentiable(trace: Trace | None) -> bool:
+    """Whether the attention must keep what gradients need (`Attention._attend`), or may only read (`_read`)."""
+    return trace is not None or torch.is_grad_enabled()
 
 
 class Attention(nn.Module):
@@ -63,7 +66,7 @@ class Attention(nn.Module):
         q = self.wq_b(latent).unflatten(-1, (-1, self.config.head_dim))
         q = rotate(rms_norm(q, None, self.config.rms_norm_eps), angles.unsqueeze(-2))
         kv = self.round(rotate(self.kv_norm(self.wkv(h)), angles))  # one head: keys and values are the same rows
-        if trace is None and fused_attention(q):
+        if not differentiable(trace):
             o = self._read(q, kv, h, latent, plan, memory)
         else:
             o = self._attend(q, kv, h, latent, plan, memory, trace)
@@ -115,66 +118,44 @@ class Attention(nn.Module):
         memory: LayerState | None,
         trace: Trace | None,
     ) -> Tensor:
-        """The core, in pieces of queries so that scratch memory does not grow with T (one piece when gradients
-        flow)."""
-        layer, tokens = self.layer, q.shape[1]
-        entries = index = None
+        """The core with gradients: every query against every row in reach, under masks."""
+        layer = self.layer
+        far = far_mask = scores = index = None
         if layer.compress_ratio:
             entries = self.compressor(h, plan, memory.kv if memory else None)
+            if entries.shape[1]:
+                far, far_mask = entries, plan.entries[layer.compress_ratio].visible()
         learn = trace is not None and trace.indexer != "off" and (torch.is_grad_enabled() or trace.indexer == "warmup")
         if layer.indexer and (trace is None or trace.indexer != "off"):
             with torch.set_grad_enabled(learn):
                 # Detached inputs: the indexer learns from its own loss alone, the model from the language loss alone.
                 h, latent = h.detach(), latent.detach()
                 keys = self.indexer.keys(h, plan, memory.index if memory else None)
-                index = (keys, *self.indexer.queries(h, latent, plan.angles[layer.rope]))
-        ring = memory is not None and tokens == 1 and plan.valid is None  # decoding: read the ring where it lies
-        window = self._window(kv, plan, memory, ring)
-        outputs: list[Tensor] = []
-        losses: list[tuple[Tensor, Tensor]] = []
-        for start, stop, block in self._pieces(tokens, entries):
-            far = far_mask = scores = None
-            if entries is not None and entries.shape[1]:
-                far, far_mask = entries, plan.entries[layer.compress_ratio].visible(start, stop)
-                if index is not None:
-                    with torch.set_grad_enabled(learn):
-                        picked = (index[0], index[1][:, start:stop], index[2][:, start:stop])
-                        scores = self._score(far_mask, picked, trace)
-                    if scores is not None and (trace is None or trace.indexer == "sparse"):
-                        far, far_mask, scores = self._select(far, far_mask, scores)
-            reach = plan.reach[:, start:stop, None]
-            if ring:
-                near, near_mask = window, torch.arange(layer.window, device=q.device) <= reach
-            else:
-                blocks = window[:, start : stop + layer.window].unfold(1, layer.window + block, block)
-                near = blocks.mT.reshape(-1, layer.window + block, kv.shape[-1])
-                i, j = (
-                    torch.arange(stop - start, device=q.device) % block,
-                    torch.arange(layer.window + block, device=q.device),
-                )
-                back = i[:, None] + layer.window - j
-                near_mask = (back >= 0) & (back <= reach)
-            out, p_far = joint_attention(
-                q[:, start:stop], near, near_mask, far, far_mask, self.attn_sink, q.shape[-1] ** -0.5
-            )
-            outputs.append(out)
-            if learn and scores is not None and p_far is not None and far_mask is not None:
-                with torch.enable_grad():
-                    losses.append(index_loss(scores, p_far.float().sum(2), far_mask))
-        if trace is not None and losses:
+                if far is not None and (trace is not None or far.shape[1] > self.config.index_topk):
+                    index = (*self.indexer.queries(h, latent, plan.angles[layer.rope]), keys)
+                    scores = Indexer.score(*index)
+        sparse = trace is None or trace.indexer == "sparse"
+        if sparse and far is not None and far_mask is not None and scores is not None:
+            far, far_mask, scores = self._select(far, far_mask, scores)
+        near, near_mask = self._blocks(self._window(kv, plan, memory, False), plan)
+        out, p_far = joint_attention(q, near, near_mask, far, far_mask, self.attn_sink, q.shape[-1] ** -0.5)
+        if trace is not None and learn and scores is not None and p_far is not None and far_mask is not None:
             with torch.enable_grad():
-                total, count = (torch.stack(part).sum() for part in zip(*losses))
+                total, count = index_loss(scores, p_far.float().sum(2), far_mask)
                 trace.index_losses.append(total / count.clamp(min=1))
-        if memory is not None and not ring:
+        if memory is not None:
             memory.window.write(kv, plan)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return out
 
-    def _score(self, visible: Tensor, index: tuple[Tensor, Tensor, Tensor], trace: Trace | None) -> Tensor | None:
-        """Index scores float32 [B, t, E], or None where nothing needs them: every visible entry fits into the top-k."""
-        if trace is None and visible.shape[-1] <= self.config.index_topk:
-            return None
-        keys, q, weights = index
-        return Indexer.score(q, weights, keys)
+    def _blocks(self, window: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Window rows [B, W + T, d] -> the rows that each block of queries can reach [B * T / block, W + block, d], and
+        which of them each query may see, bool [B or 1, T, W + block]. A block: the largest divisor of T up to W / 2."""
+        size, tokens = self.layer.window, plan.reach.shape[1]
+        block = next(b for b in range(max(size // 2, 1), 0, -1) if tokens % b == 0)
+        near = window.unfold(1, size + block, block).mT.reshape(-1, size + block, window.shape[-1])
+        i = torch.arange(tokens, device=window.device) % block
+        back = i[:, None] + size - torch.arange(size + block, device=window.device)
+        return near, (back >= 0) & (back <= plan.reach[..., None])
 
     def _select(self, far: Tensor, visible: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Top-k (eq. 17). Up to twice K entries a mask is cheaper than moving rows; beyond that each query's K rows are
@@ -186,25 +167,8 @@ class Attention(nn.Module):
             return far, top & visible, scores
         index = top.nonzero()[:, -1].view(*top.shape[:2], k)
         row = torch.arange(batch, device=far.device)[:, None, None] * count
-        gathered = F.embedding(row + index, far.flatten(0, 1)).flatten(0, 1)  # [B * t, K, d]
+        gathered = F.embedding(row + index, far.flatten(0, 1)).flatten(0, 1)  # [B * T, K, d]
         return gathered, visible.gather(-1, index), scores.gather(-1, index)
-
-    def _pieces(self, tokens: int, entries: Tensor | None) -> list[tuple[int, int, int]]:
-        """(start, stop, window block): whole blocks first, then one shorter block for the rest."""
-        config, window = self.config, self.layer.window
-        block = max(window // 2, 1)
-        whole = tokens - tokens % block
-        chunk = max(whole, 1)
-        if not torch.is_grad_enabled():
-            seen = 0 if entries is None else entries.shape[1]
-            per_query = config.num_attention_heads * (
-                2 * window + min(seen, 2 * config.index_topk if self.layer.indexer else seen)
-            )
-            if self.layer.indexer:  # scores over all entries, and K rows gathered per query
-                per_query += config.index_n_heads * seen + min(seen, config.index_topk) * config.head_dim
-            chunk = max(_SCRATCH_FLOATS // per_query // block, 1) * block
-        pieces = [(start, min(start + chunk, whole), block) for start in range(0, whole, chunk)]
-        return pieces + ([(whole, tokens, tokens - whole)] if whole < tokens else [])
 
     def _window(self, kv: Tensor, plan: Plan, memory: LayerState | None, ring: bool) -> Tensor:
         """Window rows in front of the new ones [B, W + T, d]; for one token of decoding the ring itself [B, W, d]."""

@@ -42,7 +42,7 @@ class Indexer(nn.Module):
     def score(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         """[B, T, heads, dim], [B, T, heads], [B, E, dim] -> float32 [B, T, E]."""
         batch, tokens, heads, _ = q.shape
-        dots = torch.bmm(q.flatten(1, 2), keys.mT).float().relu().view(batch * tokens, heads, -1)
+        dots = torch.bmm(q.flatten(1, 2), keys.mT).float().relu_().view(batch * tokens, heads, -1)
         return torch.bmm(weights.reshape(batch * tokens, 1, heads), dots).view(batch, tokens, -1)
 
 

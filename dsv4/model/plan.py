@@ -27,10 +27,10 @@ class Entries:
     angles: Tensor  # complex64 [B, n, rope/2] at each new entry's first token
     count: int  # entries in the longest row's history after this call
 
-    def visible(self, start: int, stop: int) -> Tensor:
-        """bool [B, stop - start, count] for queries start..stop."""
+    def visible(self) -> Tensor:
+        """bool [B, T, count]."""
         e = torch.arange(self.count, device=self.low.device)
-        return (e >= self.low[:, start:stop, None]) & (e < self.high[:, start:stop, None])
+        return (e >= self.low[..., None]) & (e < self.high[..., None])
 
 
 @dataclass

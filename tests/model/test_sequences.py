@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dsv4.model.attention as attention
 from dsv4.config import Config
+from dsv4.kernels import reference
 from dsv4.kernels.cpu import linear
 from dsv4.kernels.cpu.library import library
 from dsv4.model import State, Transformer
@@ -148,11 +149,17 @@ def test_packed_is_what_serving_computes(small: Transformer) -> None:
     assert (together[50:] - small(samples[1][None])[0]).abs().max() < TOLERANCE
 
 
+def in_plain_torch(patch: pytest.MonkeyPatch) -> None:
+    for name in ("attend", "choose"):
+        patch.setattr(attention, name, getattr(reference, name))
+
+
 @torch.no_grad()
 def test_long_prefill_in_pieces_of_bounded_memory(monkeypatch: pytest.MonkeyPatch, small: Transformer) -> None:
     ids = tokens(2, 203)
     whole = small(ids)
-    monkeypatch.setattr(attention, "_SCRATCH_FLOATS", 1)  # the smallest pieces there are
+    in_plain_torch(monkeypatch)
+    monkeypatch.setitem(reference.attend.__globals__, "_SCRATCH", 1)  # the smallest pieces there are
     assert (small(ids) - whole).abs().max() < TOLERANCE
 
 
@@ -174,33 +181,35 @@ def test_attention_cost_follows_window_and_top_k(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(attention, "joint_attention", watch)
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "fused_attention", lambda q: False)
+        patch.setattr(attention, "differentiable", lambda trace: True)
         run()
     assert max(seen) <= 16 + 8 + 2 * 4
-    if library() is not None:  # the C++ kernel reads exactly window + top-k rows
-        fused, read = attention.attend, []
+    fused, read = attention.attend, []  # inference reads exactly window + top-k rows
 
-        def count(q: Tensor, near: Tensor, start: Tensor, to: Tensor, *rest: object) -> object:
-            picked = rest[3]
-            read.append(int((to - start).max()) + (int(picked[1].max()) if isinstance(picked, tuple) else 0))
-            return fused(q, near, start, to, *rest)  # type: ignore[arg-type]
+    def count(q: Tensor, near: Tensor, start: Tensor, to: Tensor, *rest: object) -> object:
+        picked = rest[3]
+        read.append(int((to - start).max()) + (int(picked[1].max()) if isinstance(picked, tuple) else 0))
+        return fused(q, near, start, to, *rest)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(attention, "attend", count)
-        run()
-        assert max(read) == 16 + 4
+    monkeypatch.setattr(attention, "attend", count)
+    run()
+    assert max(read) == 16 + 4
 
 
 @torch.no_grad()
-def test_the_fused_path_is_the_masked_one(monkeypatch: pytest.MonkeyPatch, small: Transformer) -> None:
-    """Ragged prefill and decoding, through the C++ kernels and through plain torch with masks."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_fused_path_is_the_masked_one(monkeypatch: pytest.MonkeyPatch, small: Transformer, plain: bool) -> None:
+    """Ragged prefill and decoding, reading rows (in C++ where there is a compiler, in plain torch) and under masks."""
 
     def run() -> Tensor:
         state = small.new_state(2)
         parts = [small(tokens(2, 90), state, [90, 41])[:, -1]] + [small(tokens(2, 1, seed=i), state) for i in range(9)]
         return torch.cat([part.flatten(0, -2) for part in parts])
 
+    if plain:
+        in_plain_torch(monkeypatch)
     fused = run()
-    monkeypatch.setattr(attention, "fused_attention", lambda q: False)
+    monkeypatch.setattr(attention, "differentiable", lambda trace: True)
     assert (run() - fused).abs().max() < TOLERANCE
 
 

@@ -20,7 +20,6 @@ import dsv4.model.indexer as indexer
 import dsv4.model.moe as moe
 import dsv4.model.plan as plan
 from dsv4.kernels import reference
-from dsv4.kernels.cpu.library import library
 from dsv4.kernels.reference.hyper_connections import collapse, stream_logits
 from dsv4.model import Transformer
 from dsv4.model.rope import frequencies
@@ -228,18 +227,16 @@ def joint_with(change: Callable[[dict], dict]) -> Callable:
 
 
 def masked(p: Patch, joint: Callable[..., object] = attention.joint_attention) -> None:
-    """The path of training and of machines without a compiler."""
-    p.setattr(attention, "fused_attention", lambda q: False)
+    """The path of training."""
+    p.setattr(attention, "differentiable", lambda trace: True)
     p.setattr(attention, "joint_attention", joint)
 
 
 def fused_with(name: str, change: Callable[[list], list]) -> Callable[[Patch, Transformer], None]:
-    """The C++ path of inference, `choose` or `attend` with changed arguments."""
+    """The path of inference, `choose` or `attend` with changed arguments."""
 
     def apply(p: Patch, _: Transformer) -> None:
         real = getattr(attention, name)
-        if library() is None:
-            pytest.skip("no C++ compiler here")
         p.setattr(attention, name, lambda *args: real(*change(list(args))))
 
     return apply

@@ -1,5 +1,6 @@
 """Plain torch, forward and backward: the specification of every kernel."""
 
+from dsv4.kernels.reference.attend import attend, choose
 from dsv4.kernels.reference.attention import joint_attention
 from dsv4.kernels.reference.experts import grouped_experts, routed_experts, swiglu
 from dsv4.kernels.reference.hyper_connections import collapse, hc_enter, hc_leave, stream_logits
@@ -8,6 +9,8 @@ from dsv4.kernels.reference.select import top_mask
 from dsv4.kernels.reference.sinkhorn import sinkhorn
 
 __all__ = [
+    "attend",
+    "choose",
     "collapse",
     "grouped_experts",
     "hc_enter",

@@ -14,22 +14,27 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
+def _forward(
+    x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int], limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and both branches before the activation."""
+    out, gate, up = torch.empty_like(x), x.new_empty(len(x), w1.shape[1]), x.new_empty(len(x), w1.shape[1])
+    parts = [(e, rows) for e, rows in enumerate(zip(*(t.split(counts) for t in (x, gate, up, out)))) if counts[e]]
+    for e, (x_rows, gate_rows, up_rows, _) in parts:
+        torch.mm(x_rows, w1[e].T, out=gate_rows)
+        torch.mm(x_rows, w3[e].T, out=up_rows)
+    hidden = swiglu(gate.float(), up.float(), limit).mul_(weight[:, None]).to(x.dtype).split(counts)
+    for e, (_, _, _, out_rows) in parts:
+        torch.mm(hidden[e], w2[e].T, out=out_rows)
+    return out, gate, up
+
+
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int], limit: float
     ) -> Tensor:
-        gate, up = x.new_empty(x.shape[0], w1.shape[1]), x.new_empty(x.shape[0], w1.shape[1])
-        out = torch.empty_like(x)
-        start = 0
-        for e, n in enumerate(counts):
-            if n:
-                rows = slice(start, start + n)
-                torch.mm(x[rows], w1[e].T, out=gate[rows])
-                torch.mm(x[rows], w3[e].T, out=up[rows])
-                hidden = swiglu(gate[rows].float(), up[rows].float(), limit).mul_(weight[rows, None])
-                torch.mm(hidden.to(x.dtype), w2[e].T, out=out[rows])
-                start += n
+        out, gate, up = _forward(x, weight, w1, w2, w3, counts, limit)
         ctx.save_for_backward(x, weight, w1, w2, w3, gate, up)
         ctx.counts, ctx.limit = counts, limit
         return out
@@ -72,6 +77,8 @@ def grouped_experts(
     x [N, D], rows sorted by expert; weight float32 [N]; w1, w3 [E, I, D]; w2 [E, D, I]; counts: rows per expert
     (sum N). The routing weight multiplies the hidden vector before W2, in float32, as the release does.
     """
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, w1, w2, w3, counts, limit)[0]
     return _Grouped.apply(x, weight, w1, w2, w3, counts, limit)
 
 

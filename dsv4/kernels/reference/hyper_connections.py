@@ -13,7 +13,7 @@ def stream_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     """streams [..., n, D], fn float32 [m, n * D] -> float32 [..., m]: fn times the unweighted RMS norm of all n * D
     values."""
     v = streams.flatten(-2).float()
-    return F.linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+    return F.linear(v, fn.float()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
 
 
 def collapse(streams: Tensor, weight: Tensor) -> Tensor:
@@ -43,7 +43,10 @@ def hc_enter(
 
 def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Eq. 1: X'_k = post_k y + sum_j comb_jk X_j. The release sums over comb's *first* index (the report's B is its
-    transpose)."""
-    x = streams.flatten(0, -3).float()
-    added = post.flatten(0, -2).unsqueeze(-1) * y.flatten(0, -2).unsqueeze(-2).float()
-    return torch.baddbmm(added, comb.flatten(0, -3).mT, x).view(streams.shape).to(streams.dtype)
+    transpose). Stream by stream: a batched product of n x n matrices would be one call of the library per token."""
+    x = streams.float()
+    out = post.unsqueeze(-1) * y.unsqueeze(-2).float()
+    add = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
+    for j in range(x.shape[-2]):
+        out = add(out, comb[..., j, :, None], x[..., j : j + 1, :])
+    return out.to(streams.dtype)

@@ -10,7 +10,13 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., C] any float dtype -> same; computed in float32 with one cast at the end (model card B.0)."""
-    return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+    wide = x.float()
+    if torch.is_grad_enabled():
+        return torch.nn.functional.rms_norm(wide, x.shape[-1:], weight, eps).to(x.dtype)
+    # The same without what a gradient needs: on a CPU several times faster for short rows.
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    out = wide * torch.rsqrt(norm.square_().mul_(1 / x.shape[-1]).add_(eps))
+    return (out if weight is None else out.mul_(weight)).to(x.dtype)
 
 
 def _rotated(x: Tensor, angles: Tensor) -> Tensor:
@@ -38,4 +44,4 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     x [..., C] any float dtype; angles complex64 [..., R] of unit magnitude, broadcastable. Pass ``angles.conj()`` to
     undo.
     """
-    return _Rotate.apply(x, angles)
+    return _Rotate.apply(x, angles) if torch.is_grad_enabled() else _rotated(x, angles)

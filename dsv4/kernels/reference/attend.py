@@ -1,0 +1,76 @@
+"""Inference attention and the indexer's choice, in pieces of queries whose scratch stays in the processor's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.reference.select import top_mask
+
+_SCRATCH = 1 << 19  # floats of one piece
+
+
+def _pieces(tokens: int, per_query: int) -> Iterator[slice]:
+    step = max(_SCRATCH // per_query, 1)
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `dsv4.kernels.choose`."""
+    batch, tokens, heads, _ = q.shape
+    count = keys.shape[1]
+    entry = torch.arange(count, device=q.device)
+    chosen = torch.zeros(batch, tokens, k, dtype=torch.int32, device=q.device)
+    found = torch.zeros(batch, tokens, dtype=torch.int32, device=q.device)
+    for b in range(batch):
+        for part in _pieces(tokens, heads * count):
+            dots = (q[b, part].flatten(0, 1) @ keys[b].mT).float().relu_().view(-1, heads, count)
+            scores = torch.bmm(weights[b, part].unsqueeze(1), dots).squeeze(1)
+            hidden = (entry < low[b, part, None]) | (entry >= high[b, part, None])
+            picked = top_mask(scores.masked_fill_(hidden, -torch.inf), k) & ~hidden
+            row, column = picked.nonzero(as_tuple=True)
+            number = picked.sum(-1)
+            place = torch.arange(len(row), device=q.device) - (number.cumsum(0) - number)[row]
+            chosen[b, part].index_put_((row, place), column.int())
+            found[b, part] = number.int()
+    return chosen, found
+
+
+def attend(
+    q: Tensor, near: Tensor, near_from: Tensor, near_to: Tensor, far: Tensor | None,
+    low: Tensor | None, high: Tensor | None, picked: tuple[Tensor, Tensor] | None, sink: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """See `dsv4.kernels.attend`. Window rows and entries that all queries share go through one product; picked entries
+    are gathered, so the cost follows the window and k, not the context."""
+    batch, tokens, heads, dim = q.shape
+    shared = 0 if far is None or picked is not None else far.shape[1]
+    own = 0 if picked is None else picked[0].shape[-1]
+    window = near.shape[1] if tokens == 1 else near.shape[1] - tokens + 64  # the rows that 64 queries read
+    out = torch.empty_like(q)
+    for b in range(batch):
+        for part in _pieces(tokens, heads * (window + shared + own) + own * dim):
+            queries, first, last = q[b, part], near_from[b, part, None], near_to[b, part, None]
+            start, stop = (0, near.shape[1]) if tokens == 1 else (int(first.min()), int(last.max()))
+            r = torch.arange(start, stop, device=q.device)
+            rows, seen = near[b, start:stop], (r >= first) & (r < last)
+            if far is not None and picked is None:
+                assert low is not None and high is not None
+                e = torch.arange(shared, device=q.device)
+                rows = torch.cat((rows, far[b]))
+                seen = torch.cat((seen, (e >= low[b, part, None]) & (e < high[b, part, None])), 1)
+            scores = (queries.flatten(0, 1) @ rows.mT).view(len(queries), heads, -1)
+            parts, gathered = [scores, sink.view(-1, 1).expand(len(queries), -1, 1).to(q.dtype)], None
+            if far is not None and picked is not None:
+                chosen, found = (t[b, part] for t in picked)
+                gathered = far[b].index_select(0, chosen.flatten()).view(-1, own, dim)
+                seen = torch.cat((seen, torch.arange(own, device=q.device) < found[:, None]), 1)
+                parts.insert(1, torch.bmm(queries, gathered.mT))
+            logits = torch.cat(parts, -1).float()
+            logits[..., :-1].mul_(scale).masked_fill_(~seen.unsqueeze(1), -torch.inf)
+            p = torch.softmax(logits, -1).to(q.dtype)
+            near_p = p[..., : len(rows)].reshape(-1, len(rows))
+            result = (near_p @ rows).view(len(queries), heads, dim)
+            out[b, part] = result if gathered is None else result + torch.bmm(p[..., len(rows) : -1], gathered)
+    return out
