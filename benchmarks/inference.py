@@ -2,8 +2,9 @@
 
     python benchmarks/inference.py --json inference.json
 
-One network of 136 M parameters with the proportions of V4-Flash and every kind of layer, batch 1. Both load one folder of random weights and must
-first agree on the logits of decoded tokens (float32). Prefill produces the last token's logits only, on both sides.
+One network of 137 M parameters with the proportions of V4-Flash and every kind of layer, batch 1. Both load one folder
+of random weights and must first agree on the logits of decoded tokens (float32). Prefill produces the last token's
+logits only, on both sides.
 transformers runs with what is fastest for it here: eager attention (it has no other), grouped_mm experts, the whole
 prompt at once up to 2,048 tokens and chunks of 1,024 beyond (one shot of 16,384 would take tens of gigabytes).
 
@@ -23,7 +24,8 @@ import _bench as bench
 
 from dsv4.config import Config
 
-CONFIG = Config(  # V4-Flash's own proportions at an eighth of its width: heads x head_dim = 8 x hidden, its window and top-k
+# V4-Flash's own proportions at an eighth of its width: heads x head_dim = 8 x hidden; its window and its top-k.
+CONFIG = Config(
     vocab_size=16384, hidden_size=512, num_hidden_layers=8, num_attention_heads=32, head_dim=128, qk_rope_head_dim=16,
     q_lora_rank=128, o_groups=8, o_lora_rank=128, index_n_heads=16, index_head_dim=64, index_topk=512,
     n_routed_experts=32, num_experts_per_tok=6, moe_intermediate_size=256, num_hash_layers=2,
@@ -177,6 +179,7 @@ def main() -> None:
     parser = bench.arguments(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded after each prefill")
+    parser.add_argument("--plain", action="store_true", help="ours without compiled kernels (DSV4_KERNELS=reference)")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens ours takes at once")
     options = parser.parse_args()
     if options.worker:
@@ -195,7 +198,8 @@ def main() -> None:
                 for engine in ENGINES:
                     one_shot = context if context <= ONE_SHOT else 1024
                     chunk = options.chunk if engine == "ours" else one_shot
-                    case = {"engine": engine, "dtype": dtype, "context": context, "chunk": chunk}
+                    plain = {"env": {"DSV4_KERNELS": "reference"}} if options.plain and engine == "ours" else {}
+                    case = {**plain, "engine": engine, "dtype": dtype, "context": context, "chunk": chunk}
                     cases.append({"kind": "speed", "folder": folder, "decode": options.decode, **case})
         records = bench.rounds(cases, options, "inference")
     around = bench.surroundings(options, before, records) | {"parameters": made["parameters"], "agreement": agreed}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4.kernels.reference.select import top_mask
 
-_SCRATCH = 1 << 19  # floats of one piece
+_SCRATCH = 1 << 20  # floats of one piece
 
 
 def _pieces(tokens: int, per_query: int) -> Iterator[slice]:
@@ -60,17 +60,20 @@ def attend(
                 e = torch.arange(shared, device=q.device)
                 rows = torch.cat((rows, far[b]))
                 seen = torch.cat((seen, (e >= low[b, part, None]) & (e < high[b, part, None])), 1)
-            scores = (queries.flatten(0, 1) @ rows.mT).view(len(queries), heads, -1)
-            parts, gathered = [scores, sink.view(-1, 1).expand(len(queries), -1, 1).to(q.dtype)], None
+            scores = (queries.flatten(0, 1) @ rows.mT).view(len(queries), heads, -1).float()
+            parts = [scores.mul_(scale).masked_fill_(~seen.unsqueeze(1), -torch.inf)]
+            parts.append(sink.float().view(-1, 1).expand(len(queries), -1, 1))
+            gathered = None
             if far is not None and picked is not None:
                 chosen, found = (t[b, part] for t in picked)
                 gathered = far[b].index_select(0, chosen.flatten()).view(-1, own, dim)
-                seen = torch.cat((seen, torch.arange(own, device=q.device) < found[:, None]), 1)
-                parts.insert(1, torch.bmm(queries, gathered.mT))
-            logits = torch.cat(parts, -1).float()
-            logits[..., :-1].mul_(scale).masked_fill_(~seen.unsqueeze(1), -torch.inf)
-            p = torch.softmax(logits, -1).to(q.dtype)
+                scores = torch.bmm(queries, gathered.mT).float().mul_(scale)
+                if int(found.min()) < own:
+                    unused = torch.arange(own, device=q.device) >= found[:, None]
+                    scores.masked_fill_(unused.unsqueeze(1), -torch.inf)
+                parts.append(scores)
+            p = torch.softmax(torch.cat(parts, -1), -1).to(q.dtype)
             near_p = p[..., : len(rows)].reshape(-1, len(rows))
             result = (near_p @ rows).view(len(queries), heads, dim)
-            out[b, part] = result if gathered is None else result + torch.bmm(p[..., len(rows) : -1], gathered)
+            out[b, part] = result if gathered is None else result + torch.bmm(p[..., len(rows) + 1 :], gathered)
     return out
