@@ -28,6 +28,9 @@ from dsv4.numerics import Packed
 
 Expert = tuple[Packed, Packed, Packed]
 Key = tuple[str, int]
+Begin = Callable[[Key], Callable[[], Expert]]
+"""Takes memory for an expert, and gives the work of reading it, for any thread: what readers took themselves would lie
+in arenas of their own, a gigabyte more of them."""
 _READERS = 4  # reads at a time: a disk with several queues is faster so, and checking what was read takes a core
 _FEW = 8  # tokens
 WEIGHTS = ("w1", "w2", "w3")
@@ -60,7 +63,7 @@ class ExpertCache:
     def nbytes(self) -> int:
         return (len(self.held) + len(self.coming)) * self.expert_bytes
 
-    def ask(self, keys: Iterable[Key], read: Callable[[Key], Expert]) -> None:
+    def ask(self, keys: Iterable[Key], begin: Begin) -> None:
         """Begins to read those of ``keys`` that are not here, as many of them as there is room for."""
         wanted = list(keys)[: self.room]
         for key in wanted:
@@ -69,9 +72,9 @@ class ExpertCache:
         for key in wanted:
             if key not in self.held and key not in self.coming and len(self.coming) < self.room:
                 self._make_room()
-                self.coming[key] = self._readers.submit(read, key)
+                self.coming[key] = self._readers.submit(begin(key))
 
-    def get(self, key: Key, read: Callable[[Key], Expert]) -> Expert:
+    def get(self, key: Key, begin: Begin) -> Expert:
         """The expert of ``key``, read now if it is neither held nor on its way."""
         if key in self.held:
             self.hits += 1
@@ -80,7 +83,7 @@ class ExpertCache:
             self.misses += 1
             coming = self.coming.pop(key, None)
             self._make_room()
-            self.held[key] = coming.result() if coming else read(key)
+            self.held[key] = coming.result() if coming else begin(key)()
         return self.held[key]
 
     def _make_room(self) -> None:
@@ -108,7 +111,7 @@ class StreamedStack(nn.Module):
 
     def ask(self, experts: Iterable[int]) -> None:
         """These will be fetched next: begin to read them."""
-        self.cache.ask([(self.prefix, e) for e in experts], self._read_key)
+        self.cache.ask([(self.prefix, e) for e in experts], self._begin)
 
     def foresee(self, experts: Iterable[int]) -> None:
         """These may be needed soon: tell the operating system, and wait for nothing."""
@@ -118,15 +121,18 @@ class StreamedStack(nn.Module):
                     self.folder.foresee(f"{self.prefix}.{e}.{w}.weight")
 
     def __getitem__(self, expert: int) -> Packed:
-        return self.cache.get((self.prefix, expert), self._read_key)[self.part]
+        return self.cache.get((self.prefix, expert), self._begin)[self.part]
 
-    def _read_key(self, key: Key) -> Expert:
-        return self._read(key[1])
+    def _begin(self, key: Key) -> Callable[[], Expert]:
+        names = [f"{key[0]}.{key[1]}.{w}.weight" for w in WEIGHTS]
+        w1, w2, w3 = (self.folder.empty(name) for name in names)
 
-    def _read(self, expert: int) -> Expert:
-        w1, w2, w3 = (self.folder.read(f"{self.prefix}.{expert}.{w}.weight") for w in WEIGHTS)
-        assert isinstance(w1, Packed) and isinstance(w2, Packed) and isinstance(w3, Packed)
-        return w1, w2, w3
+        def read() -> Expert:
+            for name, room in zip(names, (w1, w2, w3)):
+                self.folder.read(name, room)
+            return w1, w2, w3
+
+        return read
 
 
 def stream_experts(model: Transformer, folder: Folder, budget: int) -> ExpertCache:

@@ -67,6 +67,13 @@ class Folder:
             packed.check()
         return packed
 
+    def empty(self, name: str) -> Packed:
+        """Room for a quantised tensor."""
+        place = self.places[name]
+        assert place.form is not None, name
+        shape = piece_shape(place.stored.shape, place.index)
+        return Packed.empty((*shape[:-1], shape[-1] * place.form.per_byte), place.form)
+
     def foresee(self, name: str) -> None:
         """Asks the operating system to have a tensor's bytes ready; returns at once."""
         place = self.places[name]

@@ -225,16 +225,15 @@ def test_streamed_experts_stay_within_their_room(
     """Not only the cache: nothing else keeps experts alive, even where a prompt asks for all of a layer's."""
     alive: list[weakref.ref[Packed]] = []
     most = 0
-    read = StreamedStack._read
+    empty = Folder.empty
 
-    def counted(stack: StreamedStack, expert: int) -> tuple[Packed, Packed, Packed]:
+    def counted(folder: Folder, name: str) -> Packed:
         nonlocal most
-        found = read(stack, expert)
-        alive.extend(weakref.ref(part) for part in found)
+        alive.append(weakref.ref(found := empty(folder, name)))
         most = max(most, sum(ref() is not None for ref in alive))
         return found
 
-    monkeypatch.setattr(StreamedStack, "_read", counted)
+    monkeypatch.setattr(Folder, "empty", counted)
     model = dsv4.load(release, dtype="native", expert_memory="7 KB")
     if dtype == torch.float32:
         model.float()
@@ -293,7 +292,7 @@ def test_what_is_asked_for_stays_within_the_budget(release: Path) -> None:
     assert cache.room == 6
     for round in range(20):
         stack.ask([round % 4, (round + 1) % 4, (round + 2) % 4])
-        cache.ask([("layers.2.ffn.experts", e) for e in range(4)], lambda key: stack._read(key[1]))
+        cache.ask([("layers.2.ffn.experts", e) for e in range(4)], stack._begin)
         assert len(cache.held) + len(cache.coming) <= cache.room
         stack[round % 4]
         assert len(cache.held) + len(cache.coming) <= cache.room and cache.nbytes <= 20_000

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dsv4 import kernels, numerics
 from dsv4.kernels import reference
-from dsv4.kernels.cpu import attend, attention, hyper_connections, isa, library, linear, rope
+from dsv4.kernels.cpu import attend, attention, compress, hyper_connections, isa, library, linear, rope, sample
+from dsv4.kernels.cpu import rows as rows_of
 
 needs_library = pytest.mark.skipif(library.library() is None, reason="no C++ compiler here: only the reference runs")
 ISAS = [*library.levels(), isa.EMULATED] if library.library() else ["generic"]
@@ -93,6 +94,37 @@ def test_norm_and_rotation(rows: int, heads: int, shape: tuple[int, int]) -> Non
     for a in (angles, angles.conj()):
         compare((rope.rotate(x, a),), (reference.rotate(x, a),), [x], 2e-5)
     assert torch.allclose(kernels.rotate(kernels.rotate(x, angles), angles.conj()), x, atol=1e-5)
+
+
+@needs_library
+@given(st.integers(1, 5), st.integers(1, 130), st.sampled_from([1, 7, 16, 40]), st.integers(0, 4))
+def test_pooling(entries: int, slots: int, dim: int, early: int) -> None:
+    """Some gates are -inf, as a sequence's first entry has them."""
+    kv, gate = normal(2, entries, slots, dim), normal(2, entries, slots, dim, seed=1)
+    hidden = torch.zeros(slots, 1, dtype=torch.bool)
+    hidden[: min(early, slots - 1)] = True
+    results = [b.pool(kv, (gate * 3).masked_fill(hidden, -torch.inf)) for b in (compress, reference)]
+    compare((results[0],), (results[1],), [kv, gate], 1e-5)
+    wide = [t.detach().double() for t in (kv, (gate * 3).masked_fill(hidden, -torch.inf))]
+    near(results[0].detach(), reference.pool(*wide), torch.float32)
+
+
+@needs_library
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 0.3, 1, 2]), st.sampled_from([1e-9, 0.2, 0.9, 0.999999, 1])), min_size=1),
+    st.sampled_from([1, 2, 63, 64, 65, 700]),
+    st.booleans(),
+)
+def test_sampling(settings: list[tuple[float, float]], vocabulary: int, ties: bool) -> None:
+    """The same token as the specification, all along [0, 1), with peaked, flat and tied odds."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(len(settings), vocabulary, generator=generator) * 4
+    logits = logits.round() if ties else logits
+    temperature, top_p = torch.tensor(settings, dtype=torch.float64).unbind(1)
+    for draw in (0.0, 0.1234567, 0.5, 0.87654321, 0.9999999):
+        draws = torch.full_like(top_p, draw)
+        ours = sample.sample(logits, temperature, top_p, draws)
+        assert torch.equal(ours, reference.sample(logits, temperature, top_p, draws))
 
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -214,6 +246,24 @@ def test_packed_experts(rows: int, choices: int, form: numerics.Format) -> None:
     wanted = numerics.packed_experts(x, experts, weights, *stacks, 7.0)
     assert (ours - wanted).abs().mean() <= 2**-9 * wanted.abs().mean()
     assert (ours - wanted).abs().max() <= 2**-5 * wanted.abs().max()
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 40), st.sampled_from([(64, 64), (192, 64), (224, 16), (512, 64)]), DTYPES, st.integers(-12, 12))
+def test_rows_of_a_cache(rows: int, shape: tuple[int, int], dtype: torch.dtype, size: int) -> None:
+    """To the bit, ties and the sign of zero included; values around every step of either format."""
+    d, rope = shape
+    x = normal(rows, d).detach() * torch.logspace(-3, 3, rows)[:, None] * 2.0**size
+    x[0, :32] = torch.arange(-16, 16) * 0.25  # ties of E2M1, of E4M3 below
+    x[-1, 32:64] = (torch.arange(32) + 0.5) * 2.0**-9 * (1 + torch.arange(32) % 3)
+    x[-1, 0], x[0, 5] = 448, -0.0
+    x = x.to(dtype)
+    assert torch.equal(rows_of.kv_row(x, rope).view(torch.uint8), numerics.kv_row(x, rope).view(torch.uint8))
+    if not d & (d - 1):
+        assert torch.equal(rows_of.index_row(x).view(torch.uint8), numerics.index_row(x).view(torch.uint8))
+        turned = numerics.hadamard(x)  # its own inverse: rows that become ties again
+        assert torch.equal(rows_of.index_row(turned).view(torch.uint8), numerics.index_row(turned).view(torch.uint8))
 
 
 def spread(tokens: int, entries: int) -> tuple[Tensor, Tensor]:

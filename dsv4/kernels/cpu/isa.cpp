@@ -20,7 +20,7 @@ bool tiles_granted() {
 
 }  // namespace
 
-// The highest of the levels that library.py knows: 0 generic, 1 avx2, 2 avx512 (with bf16 products), 3 amx (bf16 tiles).
+// The highest of the levels that library.py knows: 0 generic, 1 avx2, 2 avx512 (with bf16 products and byte shuffles), 3 amx (bf16 tiles).
 extern "C" int isa_level() {
     int level = 0;
 #if defined(__x86_64__)
@@ -28,7 +28,7 @@ extern "C" int isa_level() {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return level;
     level = 1;
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     if (!wide) return level;
     level = 2;
     unsigned a = 0, b = 0, c = 0, d = 0;

@@ -9,8 +9,8 @@ import platform
 LEVELS: dict[str, tuple[str, ...]] = {
     "generic": (),
     "avx2": ("-march=x86-64-v3",),
-    "avx512": ("-march=x86-64-v4", "-mavx512bf16"),
-    "amx": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"),
+    "amx": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
 }
 """From the plainest to the best, each a superset of the one before: what the compiler is told."""
 

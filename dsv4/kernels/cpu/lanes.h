@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "scalar.h"
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 #define LANES_AVX512 1
 #define KEEP(x) asm("" : "+v"(x))  // a register is where it stays: the compiler would load it again for every use

@@ -2,6 +2,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "rounding.h"
 #include "tiles.h"
 
 namespace {
@@ -162,7 +163,7 @@ void experts(const typename W::X* x, const float* weight, const int64_t* owner, 
         }
         if constexpr (packed) {
 #pragma omp for schedule(static)
-            for (long m = 0; m < M * K; m++) round_row(h + m * I, second + m * I, I);
+            for (long m = 0; m < M * K; m++) round_row<128>(h + m * I, second + m * I, I);
         }
         // Threads own columns of the result, so that no two ever add to one number.
         const long wide = std::max<long>(1, D / 64);
@@ -217,12 +218,3 @@ void expand(const void* elements, const void* scale, bf16* out, long N, long K) 
 }
 extern "C" void expand_fp4_bf16(const void* w, const void* scale, bf16* out, long N, long K) { expand<Fp4>(w, scale, out, N, K); }
 extern "C" void expand_fp8_bf16(const void* w, const void* scale, bf16* out, long N, long K) { expand<Fp8>(w, scale, out, N, K); }
-
-extern "C" void round_rows_f32(const float* x, bf16* out, long M, long K) {
-#pragma omp parallel for if (M * K > 1000000)
-    for (long m = 0; m < M; m++) round_row(x + m * K, out + m * K, K);
-}
-extern "C" void round_rows_bf16(const bf16* x, bf16* out, long M, long K) {
-#pragma omp parallel for if (M * K > 1000000)
-    for (long m = 0; m < M; m++) round_row(x + m * K, out + m * K, K);
-}

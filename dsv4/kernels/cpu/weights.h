@@ -3,8 +3,6 @@
 //
 // pack<R>(n, end, out): rows n .. n+R-1 (not beyond end - 1), packed as `pack_rows` does. dots(a, n, end): a . w[n .. n+15].
 #pragma once
-#include <utility>
-
 #include "lanes.h"
 
 // Fetches what the next 16 rows hold at this place: 16 streams at once are too many for the processor to foresee.
@@ -28,17 +26,11 @@ struct Plain {
     }
 };
 
-// value 2^(s - 127) in bf16, for what the quick ways below cannot do: scales at the ends of their range
+// value 2^(s - 127) in bf16, rounded where that is too small for it
 inline uint16_t slow_bf16(float value, int s) {
     bf16 b;
     store(&b, 0, std::ldexp(value, s - 127));
     return b.bits;
-}
-
-inline std::pair<int, int> extremes(const uint8_t* p, long count) {
-    uint8_t least = 255, most = 0;
-    for (long i = 0; i < count; i++) least = std::min(least, p[i]), most = std::max(most, p[i]);
-    return {least, most};
 }
 
 constexpr float E2M1[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
@@ -48,77 +40,90 @@ inline float e4m3(uint8_t b) {
     return b & 128 ? -v : v;
 }
 
+// What every code is in bf16 under every scale. FP4: 16 codes. FP8: the high bytes of 128 magnitudes, then the low ones.
+struct Tables {
+    alignas(64) uint16_t fp4[256][32];
+    alignas(64) uint8_t fp8[256][4][64];
+    Tables() {
+        for (int s = 0; s < 256; s++) {
+            for (int c = 0; c < 32; c++) fp4[s][c] = slow_bf16(E2M1[c & 15], s);
+            for (int c = 0; c < 128; c++) {
+                uint16_t v = slow_bf16(e4m3(uint8_t(c)), s);
+                fp8[s][c >> 6][c & 63] = uint8_t(v >> 8), fp8[s][2 + (c >> 6)][c & 63] = uint8_t(v);
+            }
+        }
+    }
+};
+inline const Tables tables;
+
 // Rows of MXFP4: two elements a byte, the low half first; a scale for every 32.
 struct Fp4 {
     typedef bf16 X;
     const uint8_t *w, *scale;
     long K;
     Fp4(const void* elements, const void* scale, long K) : w((const uint8_t*)elements), scale((const uint8_t*)scale), K(K) {}
-    static Chunk<bf16> take(const uint8_t* p, int s, bool tame) {
+    static Chunk<bf16> take(const uint8_t* p, int s) {
         Chunk<bf16> c;
 #ifdef LANES_AVX512
-        if (tame) {
-            const __m512i table = _mm512_set4_epi64(0xc0c0c080c040c000, 0xbfc0bf80bf008000, 0x40c0408040404000, 0x3fc03f803f000000);
-            __m512i lut = _mm512_mask_add_epi16(table, 0xfefefefe, table, _mm512_set1_epi16(short((s - 127) << 7)));
-            __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));  // words: low half, high half
-            b = _mm512_ternarylogic_epi32(b, _mm512_slli_epi32(b, 12), _mm512_set1_epi32(0x000f000f), 0xa8);  // (b | b << 12) & mask
-            c.v = (bits)_mm512_permutexvar_epi16(b, lut);
-            return c;
-        }
+        __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));  // words: low half, high half
+        b = _mm512_ternarylogic_epi32(b, _mm512_slli_epi32(b, 12), _mm512_set1_epi32(0x000f000f), 0xa8);  // (b | b << 12) & mask
+        c.v = (bits)_mm512_permutexvar_epi16(b, _mm512_load_si512(tables.fp4[s]));
 #elif defined(LANES_AVX2)
-        if (tame) {  // a bf16 is made of two bytes, each from a table of 16
-            const __m128i high = _mm_set_epi64x(0xc0c0c0c0bfbfbf80, 0x404040403f3f3f00);
-            const __m128i low = _mm_set_epi64x(0xc0804000c0800000, 0xc0804000c0800000);
-            __m128i b = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15), even = _mm_and_si128(b, mask);
-            __m128i odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask), power = _mm_set1_epi16(short((s - 127) << 7));
-            __m128i out[4];
-            for (int half = 0; half < 2; half++) {
-                __m128i code = half ? _mm_unpackhi_epi8(even, odd) : _mm_unpacklo_epi8(even, odd);
-                __m128i l = _mm_shuffle_epi8(low, code), h = _mm_shuffle_epi8(high, code);
-                out[2 * half] = _mm_unpacklo_epi8(l, h), out[2 * half + 1] = _mm_unpackhi_epi8(l, h);
-            }
-            for (__m128i& v : out) {
-                __m128i some = _mm_cmpgt_epi16(_mm_and_si128(v, _mm_set1_epi16(0x7fff)), _mm_setzero_si128());
-                v = _mm_add_epi16(v, _mm_and_si128(some, power));
-            }
-            memcpy(&c, out, 64);
-            return c;
+        // A bf16 is made of two bytes, each from a table of 16.
+        const __m128i all = _mm_loadu_si128((const __m128i*)tables.fp4[s]), rest = _mm_loadu_si128((const __m128i*)tables.fp4[s] + 1);
+        const __m128i byte = _mm_set1_epi16(0xff);
+        const __m128i low = _mm_packus_epi16(_mm_and_si128(all, byte), _mm_and_si128(rest, byte));
+        const __m128i high = _mm_packus_epi16(_mm_srli_epi16(all, 8), _mm_srli_epi16(rest, 8));
+        __m128i b = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15), even = _mm_and_si128(b, mask);
+        __m128i odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask), out[4];
+        for (int half = 0; half < 2; half++) {
+            __m128i code = half ? _mm_unpackhi_epi8(even, odd) : _mm_unpacklo_epi8(even, odd);
+            __m128i l = _mm_shuffle_epi8(low, code), h = _mm_shuffle_epi8(high, code);
+            out[2 * half] = _mm_unpacklo_epi8(l, h), out[2 * half + 1] = _mm_unpackhi_epi8(l, h);
         }
-#endif
-        uint16_t out[32];
-        for (int i = 0; i < 32; i++) out[i] = slow_bf16(E2M1[p[i >> 1] >> (i & 1) * 4 & 15], s);
         memcpy(&c, out, 64);
+#else
+        uint16_t out[32];
+        for (int i = 0; i < 32; i++) out[i] = tables.fp4[s][p[i >> 1] >> (i & 1) * 4 & 15];
+        memcpy(&c, out, 64);
+#endif
         return c;
     }
     template <long R> APART void pack(long n, long end, bf16* out) const {
         for (long b = 0; b < K >> 5; b++)
             for (int r = 0; r < R; r++, out += 32) {
                 long row = std::min(n + r, end - 1);
-                int s = scale[row * (K >> 5) + b];
-                Chunk<bf16> c = take(w + (row * K >> 1) + 16 * b, s, tame(s, s));
+                Chunk<bf16> c = take(w + (row * K >> 1) + 16 * b, scale[row * (K >> 5) + b]);
                 memcpy((void*)out, &c, 64);
             }
     }
-    static bool tame(int least, int most) { return least > 1 && most < 252; }
-    template <bool quick> APART vec dots16(const bf16* a, const uint8_t* const* p, const uint8_t* const* s) const {
-        vec sum[16] = {};
-        for (long b = 0; b < K >> 5; b++) {
-            Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
-            if (b % 4 == 0)
-                for (int r = 0; r < 16; r++) ahead(p[r] + 16 * b, K / 2);
-#pragma GCC unroll 16
-            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + 16 * b, s[r][b], quick));
-        }
-        return lane_sums(sum);
-    }
-    vec dots(const bf16* a, long n, long end) const {
+    // A cache line of a row at a time: rows a power of two apart push each other's lines out.
+    APART vec dots(const bf16* a, long n, long end) const {
         const uint8_t *p[16], *s[16];
         for (int r = 0; r < 16; r++) {
             long row = std::min(n + r, end - 1);
             p[r] = w + (row * K >> 1), s[r] = scale + row * (K >> 5);
         }
-        auto [least, most] = extremes(s[0], std::min(end - n, 16L) * (K >> 5));
-        return tame(least, most) ? dots16<true>(a, p, s) : dots16<false>(a, p, s);
+        vec sum[16] = {};
+        long b = 0;
+        for (; b + 4 <= K >> 5; b += 4) {
+            Chunk<bf16> x[4];
+            for (int i = 0; i < 4; i++) {
+                x[i] = Chunk<bf16>::take(a + 32 * (b + i));
+                KEEP(x[i].v);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; r++) {
+                ahead(p[r] + 16 * b, K / 2);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) sum[r] = Chunk<bf16>::mad(sum[r], x[i], take(p[r] + 16 * (b + i), s[r][b + i]));
+            }
+        }
+        for (; b < K >> 5; b++) {
+            Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
+            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + 16 * b, s[r][b]));
+        }
+        return lane_sums(sum);
     }
 };
 
@@ -129,28 +134,38 @@ struct Fp8 {
     long K, wide;
     Fp8(const void* elements, const void* scale, long K)
         : w((const uint8_t*)elements), scale((const uint8_t*)scale), K(K), wide((K + 127) / 128) {}
-    static Chunk<bf16> take(const uint8_t* p, int s, bool tame) {
-        Chunk<bf16> c;
 #ifdef LANES_AVX512
-        if (tame) {
-            __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)), size = _mm512_and_si512(b, _mm512_set1_epi16(0x7f));
-            __m512i power = _mm512_set1_epi16(short((s - 127) << 7));
-            __m512i v = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_add_epi16(power, _mm512_set1_epi16(120 << 7)));
-            // below the smallest normal: m 2^-9, of which 0 stays 0
-            const __m512i tiny = _mm512_castsi128_si512(_mm_set_epi16(0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0));
-            __m512i lut = _mm512_mask_add_epi16(tiny, 0xfe, tiny, power);
-            v = _mm512_mask_permutexvar_epi16(v, _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8)), size, lut);
-            c.v = (bits)_mm512_ternarylogic_epi32(v, _mm512_slli_epi16(b, 8), _mm512_set1_epi16(short(0x8000)), 0xf8);  // v | sign
-            return c;
+    struct Scale {  // the table of one scale, in registers
+        __m512i high[2], low[2];
+        explicit Scale(int s) {
+            for (int i = 0; i < 2; i++) high[i] = _mm512_load_si512(tables.fp8[s][i]), low[i] = _mm512_load_si512(tables.fp8[s][2 + i]);
         }
-#elif defined(LANES_AVX2)
-        if (tame) {
+    };
+    static void both(__m512i b, const Scale& s, Chunk<bf16>* c) {
+        b = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), b);  // so that the two halves come out in order
+        __m512i low = _mm512_permutex2var_epi8(s.low[0], b, s.low[1]), high = _mm512_permutex2var_epi8(s.high[0], b, s.high[1]);
+        high = _mm512_ternarylogic_epi32(high, b, _mm512_set1_epi8(-128), 0xf8);  // high | sign
+        c[0].v = (bits)_mm512_unpacklo_epi8(low, high), c[1].v = (bits)_mm512_unpackhi_epi8(low, high);
+    }
+    static void take2(const uint8_t* p, const Scale& s, Chunk<bf16>* c) { both(_mm512_loadu_si512(p), s, c); }
+    static Chunk<bf16> take(const uint8_t* p, const Scale& s) {
+        Chunk<bf16> c[2];
+        both(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)), s, c);
+        return c[0];
+    }
+#else
+    typedef int Scale;
+    static Chunk<bf16> take(const uint8_t* p, int s) {
+        Chunk<bf16> c;
+#ifdef LANES_AVX2
+        if (s > 10 && s < 240) {
             const __m256i tiny = _mm256_broadcastsi128_si256(_mm_set_epi16(0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0));
             __m256i power = _mm256_set1_epi16(short((s - 127) << 7)), out[2];
             for (int half = 0; half < 2; half++) {
                 __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * half)));
                 __m256i size = _mm256_and_si256(b, _mm256_set1_epi16(0x7f)), zero = _mm256_cmpeq_epi16(size, _mm256_setzero_si256());
                 __m256i v = _mm256_add_epi16(_mm256_slli_epi16(size, 4), _mm256_set1_epi16(120 << 7));
+                // below the smallest normal: m 2^-9
                 __m256i at = _mm256_add_epi16(_mm256_mullo_epi16(size, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
                 v = _mm256_blendv_epi8(_mm256_shuffle_epi8(tiny, at), v, _mm256_cmpgt_epi16(size, _mm256_set1_epi16(7)));
                 v = _mm256_add_epi16(v, _mm256_andnot_si256(zero, power));
@@ -161,73 +176,61 @@ struct Fp8 {
         }
 #endif
         uint16_t out[32];
-        for (int i = 0; i < 32; i++) out[i] = slow_bf16(e4m3(p[i]), s);
+        for (int i = 0; i < 32; i++) {
+            int at = p[i] & 127;
+            out[i] = uint16_t(tables.fp8[s][at >> 6][at & 63] << 8 | tables.fp8[s][2 + (at >> 6)][at & 63] | (p[i] & 128) << 8);
+        }
         memcpy(&c, out, 64);
         return c;
     }
-    static bool tame(int least, int most) { return least > 10 && most < 240; }
+    static void take2(const uint8_t* p, int s, Chunk<bf16>* c) { c[0] = take(p, s), c[1] = take(p + 32, s); }
+#endif
     template <long R> APART void pack(long n, long end, bf16* out) const {
-        for (long k = 0; k < K; k += 32)
-            for (int r = 0; r < R; r++, out += 32) {
+        for (long k = 0; k < K; k += 64)
+            for (int r = 0; r < R; r++) {
                 long row = std::min(n + r, end - 1);
-                int s = scale[row / 128 * wide + k / 128];
-                Chunk<bf16> c = take(w + row * K + k, s, tame(s, s));
-                memcpy((void*)out, &c, 64);
+                Scale s(scale[row / 128 * wide + k / 128]);
+                Chunk<bf16> c[2];
+                if (k + 64 <= K) take2(w + row * K + k, s, c), memcpy((void*)(out + 32 * (R + r)), &c[1], 64);
+                else c[0] = take(w + row * K + k, s);
+                memcpy((void*)(out + 32 * r), &c[0], 64);
+                if (r + 1 == R) out += 64 * R;
             }
     }
-    template <bool quick> APART vec dots16(const bf16* a, const uint8_t* const* p, const uint8_t* const* s) const {
+    // Two cache lines of a row at a time, under one scale.
+    template <bool one> APART vec dots16(const bf16* a, const uint8_t* const* p, const uint8_t* const* s) const {
         vec sum[16] = {};
-        for (long k = 0; k < K; k += 32) {
-            Chunk<bf16> x = Chunk<bf16>::take(a + k);
-            if (k % 64 == 0)
-                for (int r = 0; r < 16; r++) ahead(p[r] + k, K);
+        long k = 0;
+        for (; k + 128 <= K; k += 128) {
+            Chunk<bf16> x[4];
+            for (int i = 0; i < 4; i++) {
+                x[i] = Chunk<bf16>::take(a + k + 32 * i);
+                KEEP(x[i].v);
+            }
+            const Scale first(s[0][k >> 7]);
 #pragma GCC unroll 16
-            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + k, s[r][k >> 7], quick));
+            for (int r = 0; r < 16; r++) {
+                const Scale mine = one ? first : Scale(s[r][k >> 7]);
+                for (int i = 0; i < 4; i += 2) {
+                    ahead(p[r] + k + 32 * i, K);
+                    Chunk<bf16> c[2];
+                    take2(p[r] + k + 32 * i, mine, c);
+                    sum[r] = Chunk<bf16>::mad(Chunk<bf16>::mad(sum[r], x[i], c[0]), x[i + 1], c[1]);
+                }
+            }
+        }
+        for (; k < K; k += 32) {
+            Chunk<bf16> x = Chunk<bf16>::take(a + k);
+            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + k, Scale(s[r][k >> 7])));
         }
         return lane_sums(sum);
     }
     vec dots(const bf16* a, long n, long end) const {
         const uint8_t *p[16], *s[16];
-        int least = 255, most = 0;
         for (int r = 0; r < 16; r++) {
             long row = std::min(n + r, end - 1);
             p[r] = w + row * K, s[r] = scale + row / 128 * wide;
-            auto [low, high] = extremes(s[r], wide);
-            least = std::min(least, low), most = std::max(most, high);
         }
-        return tame(least, most) ? dots16<true>(a, p, s) : dots16<false>(a, p, s);
+        return s[0] == s[15] ? dots16<true>(a, p, s) : dots16<false>(a, p, s);
     }
 };
-
-// x rounded to E4M3 in blocks of 128 under scales that are powers of two, as bf16 (exact): what a quantised layer reads.
-template <class S>
-inline void round_row(const S* x, bf16* out, long K) {
-    for (long k = 0; k < K; k += 128) {
-        const long count = std::min(K - k, 128L);
-        float v[128], most = 1e-4f;
-        for (long i = 0; i < count; i++) {
-            v[i] = load(x, k + i);
-            most = std::max(most, std::fabs(v[i]));
-        }
-        float ratio = most / 448.0f;
-        uint32_t u;
-        memcpy(&u, &ratio, 4);
-        uint32_t power = (u >> 23) + ((u & 0x7fffff) != 0);  // 2^ceil(log2(ratio)), biased
-        uint32_t up = power << 23, down = (254 - power) << 23;
-        float scale, inverse;
-        memcpy(&scale, &up, 4);
-        memcpy(&inverse, &down, 4);
-        for (long i = 0; i < count; i++) {
-            float y = v[i] * inverse, size = std::fabs(y);
-            uint32_t b;
-            memcpy(&b, &y, 4);
-            b = (b + 0x7ffff + (b >> 20 & 1)) & 0xfff00000u;  // three bits of mantissa, ties to even
-            float coarse;
-            memcpy(&coarse, &b, 4);
-            float fine = std::nearbyint(y * 512.0f) * (1 / 512.0f);  // below the smallest normal, 2^-6, steps of 2^-9
-            float q = size < 0.015625f ? fine : coarse;
-            q = q > 448.0f ? 448.0f : q < -448.0f ? -448.0f : q;
-            store(out, k + i, q * scale);
-        }
-    }
-}

@@ -2,9 +2,11 @@
 
 from dsv4.kernels.reference.attend import attend, choose
 from dsv4.kernels.reference.attention import joint_attention
+from dsv4.kernels.reference.compress import pool
 from dsv4.kernels.reference.experts import grouped_experts, routed_experts, swiglu
 from dsv4.kernels.reference.hyper_connections import collapse, hc_enter, hc_leave, stream_logits
 from dsv4.kernels.reference.rope import rms_norm, rotate
+from dsv4.kernels.reference.sample import sample
 from dsv4.kernels.reference.select import top_mask
 from dsv4.kernels.reference.sinkhorn import sinkhorn
 
@@ -16,9 +18,11 @@ __all__ = [
     "hc_enter",
     "hc_leave",
     "joint_attention",
+    "pool",
     "rms_norm",
     "rotate",
     "routed_experts",
+    "sample",
     "sinkhorn",
     "stream_logits",
     "swiglu",
