@@ -122,9 +122,15 @@ def write_folder(
                     fresh.unlink(missing_ok=True)
                     raise
                 os.replace(fresh, file)
-        if name is shard_name:
-            write_index(staging, shards)
-        finish(staging)
+        try:
+            if name is shard_name:
+                write_index(staging, shards)
+            finish(staging)
+        except OSError as error:  # a disk that is full does not say where
+            where = error.filename or staging
+            raise OSError(
+                error.errno, f"{error.strerror} while writing {where} (weights are kept; repeat it)"
+            ) from error
         (staging / "plan.json").unlink()
         for entry in sorted(staging.rglob("*"), reverse=True):
             sync(entry)

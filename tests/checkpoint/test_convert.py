@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import dsv4
 from dsv4.checkpoint import convert as conversion
 from dsv4.checkpoint.convert import convert
+from dsv4.checkpoint.folder import Folder
 from dsv4.checkpoint.synthetic import slice_of, synthesise
 from dsv4.cli.app import app
 from dsv4.cli.inspect import examine
@@ -199,6 +200,46 @@ def test_a_disk_without_room_is_seen_before(release: Path, tmp_path: Path, monke
     with pytest.raises(OSError, match=r"m needs [\d,]+ more bytes, its disk has 1,000"):
         convert(release, tmp_path / "m", "official")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_disk_that_fills_up_at_the_end_says_where(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for broken in ("write_text", "copy2"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(OSError, match=r"No space left .* while writing \S+\.m\.partial"),
+        ):
+            patch.setattr(*((Path, "write_text", full) if broken == "write_text" else (shutil, "copy2", full)))
+            convert(release, tmp_path / "m", "official")
+        assert not (tmp_path / "m").exists()
+    before = {file.name: file.stat().st_ino for file in (tmp_path / ".m.partial").glob("*.safetensors")}
+    convert(release, tmp_path / "m", "official")
+    assert {file.name: file.stat().st_ino for file in (tmp_path / "m").glob("*.safetensors")} == before
+
+
+def test_damage_in_the_source_is_named_and_nothing_appears(release: Path, tmp_path: Path) -> None:
+    """A NaN scale and a NaN weight: found when their tensor is reached, in every direction."""
+    with Folder(release) as folder:
+        place = folder.places["layers.1.ffn.experts.3.w1.weight"]
+        linear = folder.places["layers.1.attn.wq_a.weight"].stored
+    assert place.scale is not None
+    for spec, byte, message in ((place.scale, 255, "scales are NaN"), (linear, 127, "elements are NaN")):
+        source = shutil.copytree(release, tmp_path / "source")
+        with (source / spec.file.name).open("r+b") as stream:
+            stream.seek(spec.offset + 3)
+            stream.write(bytes([byte]))
+        for to in ("official", "bf16", "transformers"):
+            with pytest.raises(
+                ValueError, match=rf"model-00003-of-\d+.safetensors: layers\.1\.\S+: 1 of \d+ {message}"
+            ):
+                convert(source, tmp_path / "m", to)
+            assert not (tmp_path / "m").exists() and not list(tmp_path.rglob("*.tmp"))
+            shutil.rmtree(tmp_path / ".m.partial")
+        shutil.rmtree(source)
 
 
 # --- synthetic releases ---

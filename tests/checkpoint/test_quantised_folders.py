@@ -254,6 +254,25 @@ def test_nan_scales(folder: Path) -> None:
         fails(folder, "model-00003-of-", f"{EXPERT}.weight: 1 of 1 scales are not positive numbers")
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.inf])
+def test_scales_that_are_no_scales(folder: Path, bad: float) -> None:
+    scale = Folder(folder).read(f"{EXPERT}.weight").scale.clone()  # type: ignore[union-attr]
+    if scale.dtype == torch.float32:  # a UE8M0 byte cannot say such a thing
+        scale.fill_(bad)
+        edit(folder, 2, {f"{EXPERT}.scale": scale})
+        fails(folder, "model-00003-of-", f"{EXPERT}.weight: 1 of 1 scales are not positive numbers")
+
+
+def test_blocks_of_another_shape(folder: Path) -> None:
+    """Scales for other blocks than the format's, and scales in a format that no release has."""
+    scale = Folder(folder).read(f"{EXPERT}.weight").scale  # type: ignore[union-attr]
+    stored = scale if scale.dtype == torch.float32 else scale.view(torch.float8_e8m0fnu)
+    edit(folder, 2, {f"{EXPERT}.scale": stored.repeat(1, 2)})
+    fails(folder, f"misshapen tensors: 1 ({EXPERT}.scale [{scale.shape[0]}, {2 * scale.shape[1]}], expected")
+    edit(folder, 2, {f"{EXPERT}.scale": torch.ones(scale.shape, dtype=torch.bfloat16)})
+    fails(folder, f"{EXPERT}.weight", f"with {EXPERT}.scale BF16")
+
+
 def test_nan_weights(folder: Path) -> None:
     weight = Folder(folder).read(f"{LINEAR}.weight").elements.clone()  # type: ignore[union-attr]
     weight[1, 1] = 127

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,28 @@ def test_a_stopped_cut_goes_on(release: Path, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "cut" / "model0-mp2.safetensors").stat().st_ino == first.st_ino
     join(tmp_path / "cut", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(release)
+
+
+def test_full_disks_and_truncated_files(release: Path, tmp_path: Path) -> None:
+    def with_little_room(work: object) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"File too large at \S+ in \S+\.partial/model\S+\.tmp"):
+                work()  # type: ignore[operator]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.rglob("*.tmp"))
+
+    with_little_room(lambda: split(release, tmp_path / "cut", 2))
+    assert not (tmp_path / "cut").exists()
+    split(release, tmp_path / "cut", 2)
+    with_little_room(lambda: join(tmp_path / "cut", tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
+    file = tmp_path / "cut" / "model1-mp2.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"model1-mp2.safetensors is truncated"):
+        join(tmp_path / "cut", tmp_path / "again")
 
 
 def test_mistakes_are_one_clear_error(release: Path, tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ struct Fp4 {
     static Chunk<bf16> take(const uint8_t* p, int s) {
         Chunk<bf16> c;
 #ifdef LANES_AVX512
-        __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));  // words: low half, high half
-        b = _mm512_ternarylogic_epi32(b, _mm512_slli_epi32(b, 12), _mm512_set1_epi32(0x000f000f), 0xa8);  // (b | b << 12) & mask
+        // A byte in every four; its low half to the first word, its high half to the second. The table looks at five bits of a
+        // word and holds the codes twice, so the neighbour's bit that comes along does not matter.
+        __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        b = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2424202004040000), b);
         c.v = (bits)_mm512_permutexvar_epi16(b, _mm512_load_si512(tables.fp4[s]));
 #elif defined(LANES_AVX2)
         // A bf16 is made of two bytes, each from a table of 16.
