@@ -1,4 +1,4 @@
-"""Linear layers and experts through ``linear.cpp``: any number of rows, and a row's result never depends on the others.
+"""Linear layers and experts in C++: any number of rows, and a row's result never depends on the others.
 
 One pass over the weights when there are few rows (decoding: the memory's bandwidth), blocks that stay in the caches
 when there are many. torch's own product wins for many rows in bfloat16, so `usable` leaves those to it unless

@@ -1,0 +1,88 @@
+// Routed experts: any row count, plain or packed weights.
+#include "product.h"
+#include "rounding.h"
+
+namespace {
+
+// out [M, D] += sum over a token's experts of W2 (weight * swiglu(W1 x, W3 x)); owner, weight [M, K]. at[6 e ...]: where expert e has
+// the elements of w1, w2, w3 and their scales, or null: then the expert is not here, and its pairs wait for another call. Each token adds its experts in ascending order of their number, in float32.
+template <class W>
+void experts(const typename W::X* x, const float* weight, const int64_t* owner, const void* const* at, float* out, long M, long K, long E,
+             long D, long I, float limit) {
+    typedef typename W::X S;
+    constexpr bool packed = !std::is_same<W, Plain<S>>::value;
+    std::vector<long> start(E + 1), place(M * K);
+    for (long i = 0; i < M * K; i++) start[owner[i] + 1]++;
+    for (long e = 0; e < E; e++) start[e + 1] += start[e];
+    std::vector<long> next(start.begin(), start.end() - 1);
+    for (long i = 0; i < M * K; i++) place[next[owner[i]]++] = i;  // pairs (token, choice) sorted by expert
+    struct Part { long e, m0, m1, n0, n1; };
+    std::vector<Part> parts;
+    const long columns = M * K < 4 * BLOCK ? std::max<long>(1, I / 64) : 1;  // few rows: threads share an expert
+    for (long e = 0; e < E; e++)
+        for (long m = start[e]; m < start[e + 1] && at[6 * e]; m += BLOCK)
+            for (long c = 0; c < columns; c++)
+                parts.push_back({e, m, std::min(m + BLOCK, start[e + 1]), I * c / columns & ~15L,
+                                 c + 1 == columns ? I : I * (c + 1) / columns & ~15L});
+    std::vector<S> hidden(M * K * I), rounded(packed ? M * K * I : 0);
+    const long* pair = place.data();
+    S *h = hidden.data(), *second = packed ? rounded.data() : h;
+#pragma omp parallel if (M * K * D * I > 700000)
+    {
+        std::vector<S> gate(BLOCK * I);
+        S* g = gate.data();
+#pragma omp for schedule(dynamic)
+        for (size_t p = 0; p < parts.size(); p++) {
+            auto [e, m0, m1, n0, n1] = parts[p];
+            auto row = [=](long m) { return x + pair[m] / K * D; };
+            product(row, W(at[6 * e], at[6 * e + 3], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
+                for (long i = 0; i < count; i++) store(g, (m - m0) * I + n + i, s[i]);
+            });
+            product(row, W(at[6 * e + 2], at[6 * e + 5], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
+                for (long i = 0; i < count; i++) store(h, m * I + n + i, s[i]);
+            });
+            for (long m = m0; m < m1; m++)
+                for (long n = n0; n < n1; n += 16) {
+                    long count = std::min(n1 - n, 16L);
+                    float a[16] = {}, b[16];
+                    for (long i = 0; i < count; i++) a[i] = std::min(load(g, (m - m0) * I + n + i), limit);
+                    vec v = load16(a), decay = exp16(v > 0 ? -v : v);  // silu(v) = v sigmoid(v), by |v|
+                    store16(b, (v > 0 ? v : v * decay) / (1.0f + decay));
+                    for (long i = 0; i < count; i++) {
+                        float up = load(h, m * I + n + i);
+                        up = up > limit ? limit : up < -limit ? -limit : up;
+                        store(h, m * I + n + i, b[i] * up * weight[pair[m]]);
+                    }
+                }
+        }
+        if constexpr (packed) {
+#pragma omp for schedule(static)
+            for (long m = 0; m < M * K; m++) round_row<128>(h + m * I, second + m * I, I);
+        }
+        // Threads own columns of the result, so that no two ever add to one number.
+        const long wide = std::max<long>(1, D / 64);
+#pragma omp for schedule(dynamic)
+        for (long c = 0; c < wide; c++) {
+            long n0 = D * c / wide & ~15L, n1 = c + 1 == wide ? D : D * (c + 1) / wide & ~15L;
+            for (long e = 0; e < E; e++) {
+                if (start[e] == start[e + 1] || !at[6 * e]) continue;
+                product([=](long m) { return second + m * I; }, W(at[6 * e + 1], at[6 * e + 4], I), start[e], start[e + 1], n0, n1,
+                        [=](long m, long n, const float* s, long count) {
+                            for (long i = 0; i < count; i++) out[pair[m] / K * D + n + i] += s[i];
+                        });
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPERTS(W, suffix)                                                                                                                \
+    extern "C" void experts_##suffix(const W::X* x, const float* weight, const int64_t* owner, const void* const* at, float* out, long M, \
+                                     long K, long E, long D, long I, float limit) {                                                      \
+        experts<W>(x, weight, owner, at, out, M, K, E, D, I, limit);                                                                      \
+    }
+EXPERTS(Plain<float>, f32)
+EXPERTS(Plain<bf16>, bf16)
+EXPERTS(Fp4, fp4_bf16)
+EXPERTS(Fp8, fp8_bf16)
