@@ -73,7 +73,7 @@ def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 def _hyper_connections(streams: Tensor, *others: Tensor) -> Any:
-    if _triton.usable(streams, *others):
+    if _triton.usable(streams, *others, backward=True):
         return _triton.hyper_connections
     return _cpu_hc if _cpu_hc.usable(streams) else reference
 
@@ -94,11 +94,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Partial interleaved RoPE; `reference.rotate` is the specification."""
-    return _norm(x, angles).rotate(x, angles)
+    return _norm(x, angles, backward=True).rotate(x, angles)
 
 
-def _norm(x: Tensor, other: Tensor | None) -> Any:
-    if _triton.usable(x, other):
+def _norm(x: Tensor, other: Tensor | None, backward: bool = False) -> Any:
+    if _triton.usable(x, other, backward=backward):
         return _triton.norm
     return _cpu_rope if _cpu_rope.usable(x) else reference
 

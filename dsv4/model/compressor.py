@@ -34,7 +34,7 @@ class Compressor(nn.Module):
         """h [B, T, D] -> every entry of the sequences so far [B, count, dim], rotated to each entry's first token."""
         entries = plan.entries[self.ratio]
         kv = linear(h, self.wkv.weight, wide=True)
-        gate = linear(h, self.wgate.weight, wide=True) + self.ape[plan.position % self.ratio]
+        gate = linear(h, self.wgate.weight, wide=True) + F.embedding(plan.position % self.ratio, self.ape)
         # Per half its values and gates side by side: [kv A, gate A, kv B, gate B], or [kv, gate] without overlap.
         new = torch.cat([half for pair in zip(kv.split(self.dim, -1), gate.split(self.dim, -1)) for half in pair], -1)
         if memory is None:

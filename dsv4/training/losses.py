@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv4.model import Transformer
 
-_CHUNK = 512  # rows whose logits exist at one time: they stay in the cache
+_CHUNK = {"cpu": 512, "cuda": 1 << 14}  # rows whose logits exist at one time: on a CPU they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         grads = hidden.requires_grad or head.requires_grad
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
-        for start in range(0, len(hidden), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        size = _CHUNK[hidden.device.type]
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
             logits, target = hidden[part] @ head.T, targets[part, None]
             p = logits.softmax(-1, dtype=torch.float32)
             log_z = logits.amax(-1).float() - p.amax(-1).log()  # the largest p is 1 / sum exp(logit - largest logit)

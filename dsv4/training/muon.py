@@ -56,6 +56,5 @@ class MuonStack:
         update = newton_schulz(self.grad.add_(self.momentum, alpha=self.mu), dtype=self.dtype)
         rms = UPDATE_RMS * max(self.master.shape[1:]) ** 0.5
         self.master.mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * rms)
-        for block, master in zip(self.blocks, self.master):
-            self._lie(block).copy_(master)
+        torch._foreach_copy_([self._lie(block) for block in self.blocks], list(self.master))
         self.grad.zero_()

@@ -98,8 +98,7 @@ class AdamW:
         denominator = (self.second / (1 - beta2**self.steps)).sqrt_().add_(self.settings.eps)
         self.master.mul_(1 - lr * self.settings.weight_decay)
         self.master.addcdiv_(self.first, denominator, value=-lr / (1 - beta1**self.steps))
-        for parameter, master in zip(self.parameters, self.masters):
-            parameter.copy_(master)
+        torch._foreach_copy_(self.parameters, self.masters)
         self.grad.zero_()
 
 

@@ -6,6 +6,9 @@ benchmarks/triton_kernels.py (it runs, on a device).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -219,6 +222,41 @@ def test_hyper_connections(rows: int, dim: int, n: int, dtype: torch.dtype) -> N
     left = ours.hyper_connections.hc_leave(streams, y, *maps[1:])
     mixed = torch.einsum("mjk,mjd->mkd", maps[2].double(), streams.double())
     near(left, maps[1].double()[..., None] * y.double()[:, None] + mixed, dtype)
+
+
+@few
+@given(st.integers(1, 90), st.sampled_from([1, 7, 130]), st.sampled_from([1, 3, 4]), DTYPES)
+def test_gradients_of_hyper_connections(rows: int, dim: int, n: int, dtype: torch.dtype) -> None:
+    """Of every input, against autograd through the float64 lines."""
+    size = (2 + n) * n
+    site = [normal(size, n * dim, seed=1), normal(size, seed=2), normal(3, seed=3) * (n * dim) ** -0.5]
+    inputs = [normal(rows, n, dim, seed=4, dtype=dtype), normal(rows, dim, seed=5, dtype=dtype), *site]
+
+    def run(enter: Callable[..., Any], leave: Callable[..., Tensor], kind: torch.dtype | None) -> list[Tensor]:
+        leaves = [t.detach().to(kind or t.dtype).requires_grad_() for t in inputs]
+        x, post, comb = enter(leaves[0], *leaves[2:], 20, 1e-6, 1e-3)
+        out = leave(leaves[0], leaves[1] + x, post, comb)
+        total = sum((t.double() * normal(*t.shape, seed=9).double()).sum() for t in (out, x, post, comb))
+        return list(torch.autograd.grad(total, leaves))
+
+    def exact_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        return post[..., None] * y[:, None] + torch.einsum("mjk,mjd->mkd", comb, streams)
+
+    found = run(ours.hyper_connections.hc_enter, ours.hyper_connections.hc_leave, None)
+    for a, b, given in zip(found, run(exact_enter, exact_leave, torch.float64), inputs):
+        assert a.dtype == given.dtype and a.shape == b.shape
+        scale = b.abs().max().clamp(min=1)  # sums over rows and channels: several roundings meet in one number
+        assert (a.double() - b).abs().max() <= (1e-4 if dtype == torch.float32 else 3e-2) * scale
+
+
+@few
+@given(st.integers(1, 20), st.integers(1, 3), st.sampled_from([(8, 4), (34, 3)]))
+def test_gradient_of_a_rotation(rows: int, heads: int, shape: tuple[int, int]) -> None:
+    width, pairs = shape
+    x, weight = normal(rows, heads, width).requires_grad_(), normal(rows, heads, width, seed=1)
+    angles = torch.polar(torch.ones(rows, 1, pairs), torch.rand(rows, 1, pairs) * 7).to(DEVICE)
+    sides = [torch.autograd.grad((r(x, angles) * weight).sum(), x)[0] for r in (ours.norm.rotate, reference.rotate)]
+    assert torch.allclose(*sides, atol=1e-6)
 
 
 def exact_enter(

@@ -134,5 +134,5 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, net = batch(), model()
     with torch.no_grad():
         before = components(net, whole, "off", True)[0]["lm"]
-        monkeypatch.setattr(losses, "_CHUNK", 5)
+        monkeypatch.setattr(losses, "_CHUNK", {"cpu": 5})
         torch.testing.assert_close(components(net, whole, "off", True)[0]["lm"], before)

@@ -1,7 +1,7 @@
-"""Triton kernels for one CUDA device: the names and signatures of the reference, forward only.
+"""Triton kernels for one CUDA device: the names and signatures of the reference.
 
-Importing this package imports nothing of triton: a module loads when its first kernel is asked for. No kernel has a
-backward, so where gradients are wanted the plain torch reference runs. Tiles and orders of addition are fixed: with
+Importing this package imports nothing of triton: a module loads when its first kernel is asked for. Hyper-connections
+and rotations also have a backward; the others do not, and where gradients are wanted the plain torch reference runs. Tiles and orders of addition are fixed: with
 DSV4_EXACT a row's result is the same to the bit in every batch; without it, matrix products with many rows take taller
 tiles. No autotuning, nothing that could change a result from run to run.
 
@@ -42,12 +42,13 @@ def _device() -> str | None:
     return "cuda" if torch.cuda.is_available() and torch.version.hip is None else None
 
 
-def usable(x: Tensor, *others: Tensor | None) -> bool:
-    """x in float32 or bfloat16 and everything else on a CUDA device, triton installed, and no gradient wanted."""
+def usable(x: Tensor, *others: Tensor | None, backward: bool = False) -> bool:
+    """x in float32 or bfloat16 and everything else on a CUDA device, triton installed, and no gradient wanted (unless
+    the kernel has a ``backward``)."""
     tensors = [x, *(t for t in others if t is not None)]
     if x.device.type != _device() or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
         return False
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    wanted = not backward and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not wanted and all(t.device == x.device for t in tensors)
 
 

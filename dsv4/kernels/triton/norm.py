@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -37,8 +38,23 @@ def _norm(x, weight, y, rows, width, eps, WEIGHED: tl.constexpr, M: tl.constexpr
     tl.store(y + at, cast(value, y.dtype.element_ty), mask=there)
 
 
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
+        ctx.save_for_backward(angles)
+        return _rotated(x, angles)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _rotated(grads[0], ctx.saved_tensors[0].conj()), None  # a rotation's transpose is its inverse
+
+
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """See the reference of the same name."""
+    return _Rotation.apply(x, angles) if torch.is_grad_enabled() else _rotated(x, angles)
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     x = x.contiguous()
     y, width, pairs, lead = torch.empty_like(x), x.shape[-1], angles.shape[-1], x.shape[:-1]
     shape = (1,) * (len(lead) + 1 - angles.ndim) + angles.shape[:-1]
