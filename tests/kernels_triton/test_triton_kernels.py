@@ -243,8 +243,8 @@ def test_gradients_of_hyper_connections(rows: int, dim: int, n: int, dtype: torc
         return post[..., None] * y[:, None] + torch.einsum("mjk,mjd->mkd", comb, streams)
 
     found = run(ours.hyper_connections.hc_enter, ours.hyper_connections.hc_leave, None)
-    for a, b, given in zip(found, run(exact_enter, exact_leave, torch.float64), inputs):
-        assert a.dtype == given.dtype and a.shape == b.shape
+    for a, b, input_ in zip(found, run(exact_enter, exact_leave, torch.float64), inputs):
+        assert a.dtype == input_.dtype and a.shape == b.shape
         scale = b.abs().max().clamp(min=1)  # sums over rows and channels: several roundings meet in one number
         assert (a.double() - b).abs().max() <= (1e-4 if dtype == torch.float32 else 3e-2) * scale
 

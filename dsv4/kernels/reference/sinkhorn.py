@@ -15,7 +15,8 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Tensor, iterations: int, eps: float) -> Tensor:
         sums: list[Tensor] = []
-        c, small = c.clone(), torch.full((), eps, dtype=c.dtype, device=c.device)  # a Python number would be converted in every pass
+        small = torch.full((), eps, dtype=c.dtype, device=c.device)  # a Python number is converted in every pass
+        c = c.clone()
         for step in range(2 * iterations - 1):  # columns first: the rows were normalised by the softmax
             total = c.sum(step % 2, keepdim=True).add_(small)
             c.div_(total)

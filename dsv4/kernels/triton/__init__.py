@@ -1,9 +1,9 @@
 """Triton kernels for one CUDA device: the names and signatures of the reference.
 
 Importing this package imports nothing of triton: a module loads when its first kernel is asked for. Hyper-connections
-and rotations also have a backward; the others do not, and where gradients are wanted the plain torch reference runs. Tiles and orders of addition are fixed: with
-DSV4_EXACT a row's result is the same to the bit in every batch; without it, matrix products with many rows take taller
-tiles. No autotuning, nothing that could change a result from run to run.
+and rotations also have a backward; the others do not, and where gradients are wanted the plain torch reference runs.
+Tiles and orders of addition are fixed: with DSV4_EXACT a row's result is the same to the bit in every batch; without
+it, matrix products with many rows take taller tiles. No autotuning, nothing that could change a result from run to run.
 
 Legend: M rows, N outputs or entries, K inner width, H heads, D head_dim or hidden size, as tile sizes (powers of two).
 """
