@@ -12,9 +12,10 @@ from dsv4.checkpoint.folder import Folder
 from dsv4.checkpoint.layouts import home
 from dsv4.checkpoint.shards import listed
 from dsv4.config import Config
+from dsv4.kernels import index_row, kv_row
 from dsv4.model import Transformer
 from dsv4.model.costs import tensors
-from dsv4.numerics import Format, Packed, index_row, kv_row
+from dsv4.numerics import Format, Packed
 
 
 def load_native(

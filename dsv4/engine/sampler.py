@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4 import kernels
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -44,13 +46,5 @@ def uniform(seed: int, position: int) -> float:
 
 def sample(logits_V: Tensor, temperature: float, top_p: float, draw: float) -> int:
     """The id that `draw` in [0, 1) selects from softmax(logits / temperature) cut at `top_p`. Logits float32 [V]."""
-    if temperature == 0:
-        return int(torch.nonzero(logits_V == logits_V.max())[0])
-    odds_V = torch.softmax(logits_V.double() / temperature, -1)
-    ids_V = None
-    if top_p < 1:
-        odds_V, ids_V = torch.sort(odds_V, descending=True, stable=True)
-        odds_V = odds_V[: 1 + int((odds_V.cumsum(-1) < top_p).sum())]
-    mass_V = odds_V.cumsum(-1)
-    chosen = min(int(torch.searchsorted(mass_V, draw * mass_V[-1], right=True)), len(mass_V) - 1)
-    return chosen if ids_V is None else int(ids_V[chosen])
+    one = (torch.tensor([value], dtype=torch.float64) for value in (temperature, top_p, draw))
+    return int(kernels.sample(logits_V[None], *one))

@@ -18,9 +18,12 @@ from dsv4.kernels import reference
 from dsv4.kernels import triton as _triton
 from dsv4.kernels.cpu import attend as _cpu_attend
 from dsv4.kernels.cpu import attention as _cpu_attention
+from dsv4.kernels.cpu import compress as _cpu_compress
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
 from dsv4.kernels.cpu import linear as _cpu_linear
 from dsv4.kernels.cpu import rope as _cpu_rope
+from dsv4.kernels.cpu import rows as _cpu_rows
+from dsv4.kernels.cpu import sample as _cpu_sample
 from dsv4.kernels.reference import swiglu, top_mask
 from dsv4.numerics import Packed
 
@@ -32,12 +35,15 @@ __all__ = [
     "grouped_linear",
     "hc_enter",
     "hc_leave",
+    "index_row",
     "joint_attention",
+    "kv_row",
     "linear",
     "pool",
     "rms_norm",
     "rotate",
     "routed_experts",
+    "sample",
     "stream_logits",
     "swiglu",
     "top_mask",
@@ -197,7 +203,25 @@ def _inference(q: Tensor) -> Any:
 
 def pool(kv: Tensor, gate: Tensor) -> Tensor:
     """A compressor's pooling (eqs. 11-12, 22-23): kv, gate float32 [..., slots, dim] -> [..., dim], per channel the
-    softmax over the slots times their values. A gate may be -inf, but not all of a channel's."""
+    softmax over the slots times their values. A gate may be -inf, but not all of a channel's. `reference.pool` is the
+    specification."""
     if _triton.usable(kv, gate):
         return _triton.compress.pool(kv, gate)
-    return (torch.softmax(gate, -2) * kv).sum(-2)
+    return (_cpu_compress if _cpu_compress.usable(kv) else reference).pool(kv, gate)
+
+
+def kv_row(x: Tensor, rope: int) -> Tensor:
+    """KV rows as an FP8 cache gives them back; `numerics.kv_row` is the specification."""
+    return (_cpu_rows if _cpu_rows.usable(x) else numerics).kv_row(x, rope)
+
+
+def index_row(x: Tensor) -> Tensor:
+    """Index queries or keys, transformed and rounded to FP4; `numerics.index_row` is the specification."""
+    whole = x.shape[-1] % numerics.INDEX_ROW.block[1] == 0
+    return (_cpu_rows if whole and _cpu_rows.usable(x) else numerics).index_row(x)
+
+
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
+    """The next token of every row: logits float32 [B, V]; temperature, top_p and draw (in [0, 1)) float64 [B] -> ids
+    int64 [B]; `reference.sample` is the specification."""
+    return (_cpu_sample if _cpu_sample.usable(logits) else reference).sample(logits, temperature, top_p, draw)
