@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -416,6 +419,23 @@ def test_instructions_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyP
         library.library()
     monkeypatch.undo()
     library.library.cache_clear()
+
+
+@needs_library
+def test_processes_that_start_together_compile_once(tmp_path: Path, instructions: str) -> None:
+    if instructions != "generic":
+        pytest.skip("once is enough")
+    counting = tmp_path / "g++"
+    counting.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\nexec {library._compiler()} "$@"\n')
+    counting.chmod(0o755)
+    code = "from dsv4.kernels.cpu import library as l; print(l._compiled('probe', [l._PROBE], ()))"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(counting)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert len({process.communicate()[0] for process in started}) == 1
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2  # one object, one library
 
 
 @pytest.mark.skipif(isa.EMULATED not in ISAS or not shutil.which("objdump"), reason="needs an x86 compiler and objdump")

@@ -8,6 +8,7 @@ Without a compiler the caller uses the reference and one line says so.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -81,7 +82,10 @@ def _compiled(name: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # built aside and renamed: two processes may build at once
+    with (folder / f"{name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's library
+        if target.exists():
+            return target
 
         def compile(source: Path) -> str:
             made = str(Path(scratch) / f"{source.stem}.o")
@@ -92,7 +96,7 @@ def _compiled(name: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
             objects = list(pool.map(compile, sorted(sources, key=lambda path: -path.stat().st_size)))
         built = Path(scratch) / "kernels.so"
         _call(compiler, "-shared", "-fopenmp", *objects, "-o", str(built))
-        built.rename(target)
+        built.rename(target)  # built aside: whoever sees it sees all of it
     return target
 
 
