@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,23 +28,26 @@ def simulate(
     life: Annotated[float, typer.Option(help="mean seconds that a sandbox lives")] = 240.0,
     faults: Annotated[str, typer.Option(help="faults by name, with commas; all; none")] = "all",
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    figure: Annotated[str, typer.Option(help="PNG of the run: who runs, who waits, which hosts answer")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="the result as JSON")] = False,
 ) -> None:
     """Plays a cluster with faults on a virtual clock, around the real placement, lease, watcher and store code.
 
-    Exits with 1 if any property was violated: no double run, no leak, one end for every create, recovery, caps.
+    Exits with 1 if any property was violated: no double run, no leak, one end for every create, hosts settled within
+    the lease's ttl, no client turned away for long while there is room, books that add up, caps.
 
     \b
-    Example:
-      dsec cluster simulate --live 300000 --hosts 2000 --life 1000
+    Examples:
+      dsec cluster simulate                                                 a minute
+      dsec cluster simulate --live 300000 --hosts 2000 --life 1000 --json
     """
-    from dsec.cluster.simulator import FAULTS, Scene, table
+    from dsec.cluster.simulator import FAULTS, Scene, record, table
     from dsec.cluster.simulator import simulate as play
 
     chosen = FAULTS if faults == "all" else () if faults == "none" else tuple(faults.split(","))
     if unknown := set(chosen) - {*FAULTS, "amnesia"}:
         raise typer.BadParameter(f"no fault {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}, amnesia")
-    started = time.monotonic()
+    started, worked = time.monotonic(), time.process_time()
     begin, total = 1000.0, 30 + life / 2 + 60 * minutes + 440
 
     def watch(world: World) -> None:
@@ -52,20 +55,23 @@ def simulate(
         left = (time.monotonic() - started) * (1 - share) / max(share, 1e-9)
         typer.echo(
             f"\r{world.clock.time - begin:7.0f} s of {total:.0f}  {len(world.rows):>9,} live  {world.done:>10,} done "
-            f" {sum(world.violations.values()):>3} violations  ETA {left:5.0f} s ",
+            f" violations: {dict(world.violations) or 'none'}  ETA {left:5.0f} s ",
             nl=False,
             err=True,
         )
 
     world = play(Scene(live=live, hosts=hosts, minutes=minutes, life=life, faults=chosen, seed=seed), watch)
     typer.echo("", err=True)
-    lines = table(world, time.monotonic() - started)
+    worked = time.process_time() - worked
+    if figure:
+        from dsec.cluster.figure import draw
+
+        draw(world, figure)
     if as_json:
-        record: dict[str, Any] = dict(lines) | {"violations": dict(world.violations)}
-        typer.echo(json.dumps(record, indent=1))
+        typer.echo(json.dumps(record(world, worked), indent=1))
     else:
-        for name, value in lines:
-            typer.echo(f"{name:32}{value}")
+        for name, value in table(world, worked):
+            typer.echo(f"{name:34}{value}")
     if world.violations:
         raise typer.Exit(1)
 

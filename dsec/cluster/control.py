@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,14 +56,22 @@ class Reservation:
 
 
 class Control:
-    def __init__(self, store: Store, clock: Clock, rng: random.Random | None = None, servers: int = 1) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        rng: random.Random | None = None,
+        servers: int = 1,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
         self.store, self.edges = store, dict[str, Edge]()
         self.placement = Placement(rng or random.Random(), servers)
         self.live: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.queue: FairQueue[tuple[Order, Any]] = FairQueue()
         self._clock = clock
-        self._name = uuid.uuid4().hex
+        self._new_id = new_id
+        self._name = new_id()
         self._others: list[dict[str, dict[str, int]]] = []
         self._told: dict[str, tuple[int, int]] = {}
         self._seen: dict[str, tuple[int, int]] = {}
@@ -93,7 +101,7 @@ class Control:
 
     def begin(self, order: Order) -> Reservation | Refusal:
         """Raises QuotaExceeded, Conflict, UnknownProject, StoreUnavailable."""
-        now, id = self._clock.now(), uuid.uuid4().hex
+        now, id = self._clock.now(), self._new_id()
         if order.pin:
             edge = self.placement.pin(id, order.budget, order.pin, self._clock.monotonic())
         else:
@@ -216,5 +224,7 @@ class Control:
         Their Edges give them the notice, `preempt` in `dsec.cluster.node`."""
         if order.priority <= 0:
             return []
-        chosen = victims(self.store.below(order.priority), order.budget, order.priority, self.placement.free())
+        below = self.store.below(order.priority)
+        free = self.placement.free(row.edge for row in below)
+        chosen = victims(below, order.budget, order.priority, free)
         return [row for row in chosen if self.store.change(row.id, "stopping", "preempted")]

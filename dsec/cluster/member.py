@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from dsec.cluster.clock import Clock
@@ -176,7 +175,8 @@ def end_state(reason: str) -> str:
 
 def encode(report: Report) -> dict[str, Any]:
     """JSON of what changes in a report; the rest stands in the Edge's own row."""
-    return {"used": asdict(report.used), "seq": report.seq, "rate": report.rate, "images": sorted(report.images)}
+    used = {"slots": report.used.slots, "memory": report.used.memory, "cpu": report.used.cpu, "pids": report.used.pids}
+    return {"used": used, "seq": report.seq, "rate": report.rate, "images": sorted(report.images)}
 
 
 def decode(edge: Edge) -> Report | None:

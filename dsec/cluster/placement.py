@@ -155,9 +155,9 @@ class Placement:
             self._up.add(host)
         host.wait(now)
         host.capacity, host.seq, host.rate = report.capacity, report.seq, report.rate / self._servers
-        for image in report.images - host.images:
+        for image in sorted(report.images - host.images):  # sorted: a set's order differs from process to process
             self._warm.setdefault(image, Bag()).add(host)
-        for image in host.images - report.images:
+        for image in sorted(host.images - report.images):
             self._warm[image].discard(host)
         host.images = report.images
         host.slots = host.memory = host.cpu = host.pids = 0
@@ -265,12 +265,14 @@ class Placement:
         """Ids that no report counts yet."""
         return list(self._where)
 
-    def free(self) -> dict[str, Budget]:
-        """What each host has left; a budget that the host does not limit counts as endless."""
+    def free(self, edges: Iterable[str] | None = None) -> dict[str, Budget]:
+        """What each host (or each of ``edges`` that is up) has left; a budget that the host does not limit counts as
+        endless."""
 
         def left(limit: int, taken: int) -> int:
             return limit - taken if limit else 2**62
 
+        wanted = None if edges is None else set(edges)
         return {
             name: Budget(
                 host.capacity.slots - host.slots,
@@ -279,6 +281,7 @@ class Placement:
                 left(host.capacity.pids, host.pids),
             )
             for name, host in self._hosts.items()
+            if wanted is None or name in wanted
         }
 
 

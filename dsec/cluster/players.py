@@ -73,9 +73,11 @@ class Host:
     def wake(self) -> None:
         """The host goes on after a stall. The worst order: first a program ends, then the lease is looked at."""
         self.stalled = False
+        if not self.alive:  # it lost power meanwhile
+            return
         for id in list(self.member.running)[:5]:
             self.over(id, self.boots)
-        for id in self.member.heartbeat() if self.alive and self.member.lease.epoch else ():
+        for id in self.member.heartbeat() if self.member.lease.epoch else ():
             self.destroy(id, "lost", "fenced")
 
     def die(self) -> None:
@@ -182,7 +184,7 @@ class Task:
         self.world, self.number, self.project, self.priority = world, number, project, priority
         hot = "hot" in world.scene.faults and world.rng.random() < 0.5
         self.image = "i7" if hot else f"i{world.rng.randrange(50)}"
-        self.attempt = self.tries = 0
+        self.attempt = self.tries = self.refused = 0
         self.began = world.clock.time
         self.answered = self.finished = False
 
@@ -229,9 +231,12 @@ class Task:
             self.world.rejected += 1
             self.world.refusals[type(error).__name__] += 1
             self.attempt += 1
-            self.world.after(5 + 10 * self.world.rng.random(), self.ask)
+            self.refused += 1
+            pause = min(45.0, 5.0 * 2.0 ** min(self.refused - 1, 5))
+            self.world.after(pause * (0.7 + 0.6 * self.world.rng.random()), self.ask)
         else:
-            self.world.waits.append((self.priority, self.world.clock.time - self.began))
+            self.refused = 0
+            self.world.started(self.priority, self.world.clock.time - self.began)
             if id in self.world.rows:
                 self.world.holders[id] = self
             else:
@@ -260,7 +265,8 @@ class ApiServer:
 
     def fresh(self) -> None:
         rng = random.Random(self.world.rng.random())
-        self.control = Control(self.world.store, self.world.clock, rng, self.world.scene.servers)
+        name = lambda: f"{rng.getrandbits(128):032x}"  # noqa: E731
+        self.control = Control(self.world.store, self.world.clock, rng, self.world.scene.servers, name)
         self.boots = getattr(self, "boots", 0) + 1
 
     def crash(self) -> None:

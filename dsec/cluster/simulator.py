@@ -8,6 +8,7 @@ the same idempotency key when the answer was lost, or for the same run when its 
 
 from __future__ import annotations
 
+import gc
 import heapq
 import random
 from collections import Counter
@@ -29,7 +30,6 @@ FAULTS = (
     "restart",
     "hot",
     "failover",
-    "amnesia",
     "stall",
     "lossy",
     "servers",
@@ -95,6 +95,16 @@ class World:
         self.peak = self.done = self.number = self.decisions = 0
         self.deciding = 0.0
         self.failover = (0.0, 0.0)
+        self.crowded = bool(scene.greedy or scene.slots)
+        self.patience = 4 * scene.terms.ttl
+        """Nobody waits longer while there is room: two hosts lost in a row, each settled within a ttl, and as much
+        again for a database that is away and Edges that answer too late."""
+        self.longest = 0.0
+        self.seconds = 0
+        self.series: list[tuple[float, int, int, int]] = []
+        """Every 5 s: time, sandboxes that run, creates that wait, hosts that answer."""
+        self.marks: list[tuple[float, str]] = []
+        """When a fault began."""
         self.ended: dict[str, int] = {}
         self.rows_made = 0
         self.hosts = {f"h{n}": Host(self, n) for n in range(scene.hosts)}
@@ -162,12 +172,26 @@ class World:
             task.finished = True
             self.done += 1
 
+    def started(self, priority: int, seconds: float) -> None:
+        """A client has its sandbox, so many seconds after it first asked for it."""
+        self.waits.append((priority, seconds))
+        if not self.crowded:
+            self.longest = max(self.longest, seconds)
+            if seconds > self.patience:
+                self.violations["turned away for too long"] += 1
+
     def tick(self) -> None:
         self.after(1.0, self.tick)
+        self.seconds += 1
+        if self.seconds % 5 == 0:
+            up = sum(host.alive and host.connected and not host.stalled for host in self.hosts.values())
+            sample = (self.clock.time - 1000.0, len(self.rows), sum(len(s.control.queue) for s in self.servers), up)
+            self.series.append(sample)
         found = [id for watcher in self.watchers for id in watcher.tick().lost]
         if found:
+            epochs = {id: epoch for id, epoch, _, _ in self.store.beats()}
             for (host, epoch), when in list(self.died.items()):
-                if any(edge.id == host and edge.epoch > epoch for edge in self.store.edges()):
+                if epochs[host] > epoch:
                     self.recovery.append(self.clock.time - when - self.outage(when))
                     del self.died[(host, epoch)]
 
@@ -178,23 +202,26 @@ class World:
 
     def check(self) -> None:
         """What the store and the truth disagree on must not last."""
-        self.after(20.0, self.check)
+        self.after(20.0 if self.scene.live < 50_000 else 60.0, self.check)
         if self.watch:
             self.watch(self)
         if self.database.away:
             self.suspects.clear()
             return
-        live = {row.id: row for row in self.store.sandboxes(None, limit=10**9)}
+        with self.database.transaction() as run:
+            live: dict[str, str] = dict(run("select id, project from sandboxes where ended is null"))
+            stopping = {id for (id,) in run("select id from sandboxes where state = 'stopping' and ended is null")}
         lasting: dict[str, float] = {}
-        for id in self.rows.keys() ^ live.keys():
+        for id in (self.rows.keys() ^ live.keys()) | (stopping & self.rows.keys()):
             lasting[id] = self.suspects.get(id, self.clock.time)
             if self.clock.time - lasting[id] > self.scene.terms.ttl + 70:
-                self.violations["leak: runs unknown" if id in self.rows else "leak: never ends"] += 1
+                unwanted = "leak: runs on" if id in live else "leak: runs unknown"
+                self.violations[unwanted if id in self.rows else "leak: never ends"] += 1
                 lasting[id] = float("inf")
         self.suspects = lasting
         if self.closed:
             return
-        held = Counter(row.project for row in live.values())
+        held = Counter(live.values())
         self.shares.append({name: held[name] / self.slots / self.scene.hosts for name in ("red", "green", "blue")})
 
     def forget(self, since: float) -> None:
@@ -270,8 +297,14 @@ def simulate(scene: Scene, watch: Callable[[World], None] | None = None) -> Worl
             world.after(10 + ramp * world.rng.random(), first, project)
         world.after(10 + ramp / 2, arrive, project, scene.life / count)
     _schedule(world, 20 + ramp, 60 * scene.minutes)
-    world.until(end)
-    world.close()
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small objects and no cycles: looking for them would take a third of the time
+    try:
+        world.until(end)
+        world.close()
+    finally:
+        if collecting:
+            gc.enable()
     return world
 
 
@@ -318,13 +351,17 @@ def _schedule(world: World, start: float, length: float) -> None:
             world.forget(world.failover[0] - 10)
 
     def crowd() -> None:
-        for _ in range(round(world.slots * scene.hosts * 1.2) - len(world.rows)):
+        world.crowded = True
+        room = world.slots * scene.hosts
+        for _ in range(room + min(room // 5, 5000) - len(world.rows)):
             world.number += 1
             world.after(10 * rng.random(), Task(world, world.number, "green", 10).ask)
 
-    def at(part: float, name: str, work: Callable[..., None], *arguments: Any) -> None:
+    def at(part: float, name: str, work: Callable[..., None], *arguments: Any, mark: str = "") -> None:
         if name in scene.faults:
             world.after(start + part * length, work, *arguments)
+            if mark:
+                world.marks.append((start + part * length, mark))
 
     zone = [host for host in hosts if host.zone == 3]
     for host in some(0.05):
@@ -332,32 +369,69 @@ def _schedule(world: World, start: float, length: float) -> None:
     for host in some(0.05):
         at(0.6 * rng.random(), "stall", stall, host)
     lazy = some(0.05)
-    at(0.05, "slow", slow, lazy, 12.0)
+    at(0.05, "slow", slow, lazy, 12.0, mark="slow Edges")
     at(0.35, "slow", slow, lazy, 0.0)
-    at(0.1, "failover", failover)
+    at(0.1, "failover", failover, mark="database away")
     at(0.1, "amnesia", failover)
-    at(0.3, "zone", cut, zone, False)
-    at(0.55, "zone", cut, zone, True)
-    at(0.65, "restart", power, some(0.2), 60.0)
-    at(0.8, "preempt", crowd)
+    at(0.3, "zone", cut, zone, False, mark="zone cut off")
+    at(0.55, "zone", cut, zone, True, mark="zone back")
+    at(0.65, "restart", power, some(0.2), 60.0, mark="a fifth restarts")
+    at(0.8, "preempt", crowd, mark="urgent creates")
+
+
+def record(world: World, seconds: float) -> dict[str, Any]:
+    """What a run showed, as plain numbers. ``seconds``: what it took, of this process's processor time."""
+    waits = sorted(wait for priority, wait in world.waits if not priority) or [0.0]
+    urgent = sorted(wait for priority, wait in world.waits if priority) or [0.0]
+    at = lambda values, part: round(values[min(len(values) - 1, int(part * len(values)))], 2)  # noqa: E731
+    return {
+        "seed": world.scene.seed,
+        "faults": list(world.scene.faults),
+        "hosts": world.scene.hosts,
+        "slots": world.slots,
+        "live_at_most": world.peak,
+        "asked": world.asked,
+        "created": world.rows_made,
+        "ended": dict(sorted(world.ended.items())),
+        "done": world.done,
+        "queued": world.queued,
+        "rejected": world.rejected,
+        "moved": world.moved,
+        "abandoned": world.abandoned,
+        "unheard": world.silent,
+        "wait_p50_s": at(waits, 0.5),
+        "wait_p99_s": at(waits, 0.99),
+        "wait_p9999_s": at(waits, 0.9999),
+        "wait_most_s": round(world.longest, 1),
+        "wait_bound_s": world.patience,
+        "urgent_p50_s": at(urgent, 0.5),
+        "urgent_p99_s": at(urgent, 0.99),
+        "hosts_lost": len(world.recovery),
+        "recovery_most_s": round(max(world.recovery, default=0.0), 1),
+        "ttl_s": world.scene.terms.ttl,
+        "decisions": world.decisions,
+        "decisions_per_s_with_store": round(world.decisions / max(world.deciding, 1e-9)),
+        "seconds": round(seconds, 1),
+        "violations": dict(world.violations),
+    }
 
 
 def table(world: World, seconds: float) -> list[tuple[str, str]]:
-    """What a run showed, as (name, value) lines."""
-    waits = sorted(wait for priority, wait in world.waits if not priority) or [0.0]
-    urgent = sorted(wait for priority, wait in world.waits if priority)
-    at = lambda values, part: f"{values[min(len(values) - 1, int(part * len(values)))]:.1f} s"  # noqa: E731
+    """The same for people, as (name, value) lines."""
+    r = record(world, seconds)
+    listed = lambda counts: ", ".join(f"{name} {n:,}" for name, n in counts.items())  # noqa: E731
     return [
-        ("hosts x slots", f"{world.scene.hosts:,} x {world.slots}"),
-        ("live at most", f"{world.peak:,}"),
-        ("asked, rows made, done", f"{world.asked:,}, {world.rows_made:,}, {world.done:,}"),
-        ("ended as", ", ".join(f"{state} {n:,}" for state, n in sorted(world.ended.items()))),
-        ("queued, rejected", f"{world.queued:,}, {world.rejected:,} {dict(world.refusals)}"),
-        ("moved, abandoned, unheard", f"{world.moved:,}, {world.abandoned:,}, {world.silent:,}"),
-        ("waited for a start, p50 p99", f"{at(waits, 0.5)} {at(waits, 0.99)}"),
-        ("urgent ones waited, p50 p99", f"{at(urgent, 0.5)} {at(urgent, 0.99)}" if urgent else "-"),
-        ("hosts lost, slowest settled", f"{len(world.recovery)}, {max(world.recovery, default=0):.0f} s"),
-        ("decisions", f"{world.decisions:,}, store included {world.decisions / max(world.deciding, 1e-9):,.0f}/s"),
-        ("took", f"{seconds:.0f} s"),
-        ("violations", ", ".join(f"{name}: {n}" for name, n in world.violations.items()) or "none"),
+        ("hosts x slots", f"{r['hosts']:,} x {r['slots']}"),
+        ("live at most", f"{r['live_at_most']:,}"),
+        ("asked, created, done", f"{r['asked']:,}, {r['created']:,}, {r['done']:,}"),
+        ("ended as", listed(r["ended"])),
+        ("queued, told to come back", f"{r['queued']:,}, {r['rejected']:,}"),
+        ("moved, abandoned, unheard", f"{r['moved']:,}, {r['abandoned']:,}, {r['unheard']:,}"),
+        ("waited for a start, p50 p99", f"{r['wait_p50_s']:.1f} s {r['wait_p99_s']:.1f} s"),
+        ("longest wait while there is room", f"{r['wait_most_s']:.0f} s of {r['wait_bound_s']:.0f}"),
+        ("urgent ones waited, p50 p99", f"{r['urgent_p50_s']:.1f} s {r['urgent_p99_s']:.1f} s"),
+        ("hosts lost, slowest settled", f"{r['hosts_lost']}, {r['recovery_most_s']:.0f} s of {r['ttl_s']:.0f}"),
+        ("decisions", f"{r['decisions']:,}, store included {r['decisions_per_s_with_store']:,}/s"),
+        ("took", f"{r['seconds']:.0f} s of one processor"),
+        ("violations", listed(r["violations"]) or "none"),
     ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from dsec.cluster.database import Database, Execute, open_database
@@ -103,7 +104,9 @@ create unique index if not exists one_live_run on sandboxes (project, run) where
 create index if not exists live_of_edge on sandboxes (edge, epoch) where ended is null;
 create index if not exists by_run on sandboxes (project, run, created);
 create index if not exists by_project on sandboxes (project, created);
-create index if not exists by_end on sandboxes (ended) where ended is not null
+create index if not exists by_end on sandboxes (ended) where ended is not null;
+create index if not exists live_by_deadline on sandboxes (deadline) where ended is null;
+create index if not exists live_by_priority on sandboxes (priority, created desc) where state = 'live' and ended is null
 """
 
 
@@ -158,7 +161,7 @@ class Store:
                 "insert into edges values (?, ?, ?, ?, 1, 0, 1, '{}') on conflict (id) do update set epoch ="
                 " edges.epoch + 1, seq = 0, up = 1, zone = excluded.zone, address = excluded.address,"
                 " capacity = excluded.capacity, report = '{}' returning epoch",
-                (edge.id, edge.zone, edge.address, json.dumps(asdict(edge.capacity))),
+                (edge.id, edge.zone, edge.address, _write(edge.capacity)),
             )
             epoch = int(rows[0][0])
             for id in keep:
@@ -180,9 +183,14 @@ class Store:
         with self._database.transaction() as run:
             rows = run("select id, zone, address, capacity, epoch, seq, up, report from edges")
         return [
-            Edge(id, zone, address, Budget(**json.loads(capacity)), epoch, seq, bool(up), json.loads(report))
+            Edge(id, zone, address, _read(capacity), epoch, seq, bool(up), json.loads(report))
             for id, zone, address, capacity, epoch, seq, up, report in rows
         ]
+
+    def beats(self) -> list[tuple[str, int, int, bool]]:
+        """(id, epoch, seq, up) of every Edge: what a watcher needs each second, without the reports."""
+        with self._database.transaction() as run:
+            return [(id, epoch, seq, bool(up)) for id, epoch, seq, up in run("select id, epoch, seq, up from edges")]
 
     def fence(self, edge: str, epoch: int, seq: int, now: float) -> list[str] | None:
         """Takes the lease away if nothing was renewed since ``seq`` -> the sandboxes lost with it, or None."""
@@ -253,7 +261,7 @@ class Store:
                     return found[0]
                 raise QuotaExceeded(f"project {row.project!r} has its {limit[0][0]} live sandboxes")
             values = (
-                *(row.id, row.project, row.run, row.edge, row.epoch, json.dumps(asdict(row.budget)), row.priority),
+                *(row.id, row.project, row.run, row.edge, row.epoch, _write(row.budget), row.priority),
                 *(row.state, row.reason, row.created, row.deadline, row.ended, json.dumps(dict(row.spec))),
             )
             insert = f"insert into sandboxes values ({', '.join('?' * 13)}) on conflict do nothing returning id"
@@ -356,9 +364,9 @@ class Store:
             )
 
     def owned(self, edge: str, epoch: int) -> list[Row]:
-        """The live sandboxes that this Edge should be running."""
+        """The live sandboxes that this Edge should be running, without their specs."""
         with self._database.transaction() as run:
-            return self._rows(run, "edge = ? and epoch = ? and ended is null", (edge, epoch))
+            return self._rows(run, "edge = ? and epoch = ? and ended is null", (edge, epoch), spec=False)
 
     def get(self, project: str, id: str) -> Row | None:
         """None also for another project's id: nobody learns that it exists."""
@@ -376,10 +384,11 @@ class Store:
             return self._rows(run, where + " order by created limit ?", parameters)
 
     def below(self, priority: int, limit: int = 256) -> list[Row]:
-        """Candidates for preemption: live sandboxes of lower priority, the least important and youngest first."""
+        """Candidates for preemption: live sandboxes of lower priority, the least important and youngest first, without
+        their specs."""
         where = "priority < ? and state = 'live' and ended is null order by priority, created desc limit ?"
         with self._database.transaction() as run:
-            return self._rows(run, where, (priority, limit))
+            return self._rows(run, where, (priority, limit), spec=False)
 
     def overdue(self, before: float, limit: int = 1000) -> list[Row]:
         """Live sandboxes whose deadline passed before ``before`` and that nobody has told to stop."""
@@ -400,13 +409,26 @@ class Store:
             rows = run("select project, state, count(*) from sandboxes group by project, state")
         return {(project, state): count for project, state, count in rows}
 
-    def _rows(self, run: Execute, where: str, parameters: tuple[Any, ...]) -> list[Row]:
-        rows = run(f"select {', '.join(f.name for f in fields(Row))} from sandboxes where {where}", parameters)
+    def _rows(self, run: Execute, where: str, parameters: tuple[Any, ...], spec: bool = True) -> list[Row]:
+        rows = run(f"select {COLUMNS} from sandboxes where {where}", parameters)
         found = []
         for row in rows:
-            values: list[Any] = [*row[:5], Budget(**json.loads(row[5])), *row[6:12], json.loads(row[12])]
+            values: list[Any] = [*row[:5], _read(row[5]), *row[6:12], json.loads(row[12]) if spec else {}]
             found.append(Row(*values))
         return found
+
+
+COLUMNS = ", ".join(f.name for f in fields(Row))
+
+
+@lru_cache(4096)
+def _write(budget: Budget) -> str:
+    return json.dumps(asdict(budget))
+
+
+@lru_cache(4096)
+def _read(text: str) -> Budget:
+    return Budget(**json.loads(text))
 
 
 def open_store(url: str) -> Store:

@@ -46,20 +46,20 @@ class Watcher:
         """One look. A store that does not answer stops the watch: silence counts only while we could have heard."""
         found = Findings()
         try:
-            edges = self._store.edges()
+            beats = self._store.beats()
             now = self._clock.monotonic()
             passed = 0.0 if self._last is None else now - self._last
             self._last = now
-            for edge in edges:
-                seen = self._seen.get(edge.id)
-                if seen is None or (seen.epoch, seen.seq) != (edge.epoch, edge.seq):
-                    self._seen[edge.id] = _Seen(edge.epoch, edge.seq)
-                elif edge.up:
+            for edge, epoch, seq, up in beats:
+                seen = self._seen.get(edge)
+                if seen is None or seen.seq != seq or seen.epoch != epoch:
+                    self._seen[edge] = _Seen(epoch, seq)
+                elif up:
                     seen.silent += passed
                     if seen.silent >= self._terms.lost:
-                        ids = self._store.fence(edge.id, edge.epoch, edge.seq, self._clock.now())
+                        ids = self._store.fence(edge, epoch, seq, self._clock.now())
                         if ids is not None:
-                            found.edges.append(edge.id)
+                            found.edges.append(edge)
                             found.lost.extend(ids)
             for row in self._store.overdue(self._clock.now() - self._grace):
                 if self._store.change(row.id, "stopping", "expired"):
@@ -97,6 +97,6 @@ def reconcile(
     ours = {row.id: row for row in rows}
     return Repair(
         stop={row.id: row.reason or "stopped" for row in rows if row.state == "stopping" and row.id in running},
-        orphans=[id for id in running if id not in ours],
+        orphans=sorted(id for id in running if id not in ours),
         missing=[id for id in ours if id not in running and id not in known and waited.get(id, 0) >= 1],
     )

@@ -191,3 +191,26 @@ def test_the_store_says_when_it_is_away(small: Small) -> None:
     small.database.away = True
     with pytest.raises(StoreUnavailable):
         small.store.projects()
+
+
+class Jumping(VirtualClock):
+    """Wall time that somebody sets; only `monotonic` is true."""
+
+    off = 0.0
+
+    def now(self) -> float:
+        return self.time + self.off
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_costs_no_lease(monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """A day back or on: nobody is fenced and nobody given up. (A deadline is wall time, and follows the clock.)"""
+    clock = Jumping(100.0)
+    monkeypatch.setattr(f"{__name__}.VirtualClock", lambda time: clock)
+    small = Small()
+    small.member.admit(small.row("a"))
+    small.pass_(30)
+    clock.off = jump
+    assert small.pass_(60) == [] and small.member.heartbeat() == []
+    assert small.state("a") == "live"
+    assert len(small.pass_(TERMS.ttl, beating=False)) == 1, "and a silent one is still given up within the ttl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -263,3 +264,19 @@ def test_sqlite_survives_its_process(tmp_path: Path) -> None:
     assert [r.id for r in again.sandboxes("p")] == ["a"]
     with pytest.raises(ValueError, match="mysql"):
         open_store("mysql://x")
+
+
+def test_a_locked_database_is_said_and_writes_nothing(tmp_path: Path) -> None:
+    """Another process holds the lock (a backup, a debugger): calls raise StoreUnavailable and go on afterwards."""
+    path = tmp_path / "cluster.db"
+    store = open_store(f"sqlite:{path}")
+    store.put_project(Project("p", max_live=5))
+    store._database._connection.execute("pragma busy_timeout = 50")  # type: ignore[attr-defined]
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("begin immediate")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        store.create(row("a"))
+    other.execute("rollback")
+    assert store.sandboxes("p") == [] and live(store) == 0
+    store.create(row("a"))
+    assert live(store) == 1
