@@ -63,6 +63,7 @@ class Lease:
         try:
             held = self._store.renew(self.edge.id, self.edge.epoch, report)
         except StoreUnavailable:
+            self.check()  # the call may have hung until the lease was over
             return
         if not held:
             self._until = float("-inf")

@@ -97,6 +97,23 @@ def test_a_database_that_is_away_costs_no_lease_and_proves_no_loss(small: Small)
     assert small.pass_(200) == [] and small.state("a") == "live"
 
 
+def test_a_renewal_that_hangs_past_the_lease_and_fails_ends_everything(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database takes the call and dies with it 95 s later: what runs must end before the Edge joins anew, or it
+    would run on, unknown to all, beside its successor."""
+    small.member.admit(small.row("a"))
+
+    def hang(*arguments: Any) -> bool:
+        small.clock.time += TERMS.fence + 5
+        raise StoreUnavailable("hung")
+
+    monkeypatch.setattr(small.store, "renew", hang)
+    assert small.member.heartbeat() == ["a"]
+    with pytest.raises(Fenced):
+        small.member.lease.check()
+
+
 def test_a_new_watcher_waits_before_it_judges(small: Small) -> None:
     small.member.admit(small.row("a"))
     small.pass_(TERMS.lost - 5, beating=False)
