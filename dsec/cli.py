@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from dsec.errors import CommandFailed, DsecError
-from dsec.types import ISOLATION, SUBSTRATES
+from dsec.types import ISOLATION, SUBSTRATES, Spec
 
 ROOMS = {
     "serve": ("dsec.api.cli", "The API server: HTTP, the fleet page."),
@@ -41,7 +41,7 @@ def doctor(
     seconds: float = typer.Option(90.0, help="deadline for each"),
     as_json: bool = typer.Option(False, "--json", help="for programs"),
 ) -> None:
-    """Starts one sandbox of each kind and says what is missing.
+    """Starts one sandbox of each kind, and of each runtime behind a kind, and says what is missing.
 
     Exit code 1 when one that was named does not work.
 
@@ -52,22 +52,28 @@ def doctor(
     from dsec.guest.build import home
     from dsec.substrates.base import Probe, load
 
-    async def one(name: str) -> tuple[Probe, int]:
+    async def one(name: str, runtime: str) -> tuple[Probe, int]:
+        given = {"runtime": runtime} if runtime else {}
         try:
             substrate = load(name, home())
-            probe = await asyncio.wait_for(substrate.probe(), seconds)
+            probe = await asyncio.wait_for(substrate.probe(**given), seconds)
             test = getattr(substrate, "self_test", None)
             if probe.usable and test is not None:
-                await asyncio.wait_for(test(), seconds)
+                await asyncio.wait_for(test(**given), seconds)
             await substrate.close()
-            return probe, substrate.capabilities.isolation
+            levels = getattr(substrate, "isolation", None)
+            return probe, levels(Spec(runtime=runtime)) if runtime and levels else substrate.capabilities.isolation
         except TimeoutError:
             return Probe(False, f"did not start within {seconds:g} s", "a faster machine, or --seconds"), 0
         except DsecError as error:
             return Probe(False, str(getattr(error, "reason", error)), str(getattr(error, "fix", ""))), 0
 
     async def all_() -> dict[str, tuple[Probe, int]]:
-        return {name: await one(name) for name in only or SUBSTRATES}
+        found = {}
+        for name in only or SUBSTRATES:
+            for runtime in ("", *getattr(load(name, home()), "runtimes", ())):
+                found[f"{name}:{runtime}" if runtime else name] = await one(name, runtime)
+        return found
 
     unknown = [name for name in only or () if name not in SUBSTRATES]
     if unknown:
@@ -81,11 +87,11 @@ def doctor(
         for name, (probe, level) in found.items():
             if probe.usable:
                 typer.echo(
-                    f"{name:10} ok   {probe.seconds * 1000:7.0f} ms  level {level}: {ISOLATION[level]}; {probe.reason}"
+                    f"{name:15} ok   {probe.seconds * 1000:7.0f} ms  level {level}: {ISOLATION[level]}; {probe.reason}"
                 )
             else:
-                typer.echo(f"{name:10} no   {probe.reason}" + (f"\n{'':15} fix: {probe.fix}" if probe.fix else ""))
-    if only and not all(probe.usable for probe, _ in found.values()):
+                typer.echo(f"{name:15} no   {probe.reason}" + (f"\n{'':20} fix: {probe.fix}" if probe.fix else ""))
+    if only and not all(found[name][0].usable for name in only):  # other runtimes are a choice
         raise typer.Exit(1)
 
 

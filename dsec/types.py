@@ -48,6 +48,8 @@ class Spec(Record):
     """What a sandbox is to be. The same spec means the same thing on every host."""
 
     substrate: Literal["function", "container", "microvm", "vm"] = "container"
+    runtime: str = ""
+    """The engine behind the substrate, "" for its default: runc, crun or runsc (gVisor) behind a container."""
     image: str = "host"
     """"host", "debian", "python", a name given to `dsec image build`, or the absolute path of a root folder."""
     timeout: float = 300.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 READY = {"dsec": "ready"}
 """The metadata of what is in stock."""
-SAME = ("substrate", "image", "cpu", "memory", "disk", "pids", "network")
+SAME = ("substrate", "runtime", "image", "cpu", "memory", "disk", "pids", "network")
 FOREVER = 10 * 365 * 86400.0
 PAUSE = 0.03
 """Seconds before a stock that is more than half full is filled up: the claimed sandbox's first command goes first."""

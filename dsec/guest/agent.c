@@ -1,10 +1,12 @@
 /* The agent of a sandbox: runs commands and file operations for the host over one stream of frames (the wire is
  * described in protocol.py). It is PID 1 of a container, or a service of a machine, and reaps what is orphaned.
  *
- *   agent --listen FD [--drop]     a listening unix socket, inherited; the newest connection wins
- *   agent --device PATH            a serial or virtio port; the host opens a session with MAGIC, which is echoed
+ *   agent --listen FD [--drop] [--wall FOLDER] [--filter FILE]   a listening unix socket, inherited; the newest connection wins
+ *   agent --device PATH            a serial or virtio port, or "-": standard input; the host opens a session with MAGIC, which
+ *                                  is echoed
  *
- * --drop: commands get no capability and no way back to one (containers; in a machine root stays root).
+ * --drop: commands get no capability and no way back to one (containers; in a machine root stays root). --wall:
+ * nothing outside the folder can be opened (landlock.h). --filter: the system call filter, where who started us had none.
  * What it runs is hostile, so it trusts no file of the sandbox; what it answers is not believed by the host either. */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -13,6 +15,7 @@
 #include <ftw.h>
 #include <grp.h>
 #include <linux/capability.h>
+#include <linux/filter.h>
 #include <linux/openat2.h>
 #include <poll.h>
 #include <signal.h>
@@ -505,15 +508,29 @@ static void receive(void) {
     if (at) cut(&in, at);
 }
 
+#include "landlock.h"
+
+static void put_on_filter(const char *path) {
+    static struct sock_filter code[4096];
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, code, sizeof code);
+    struct sock_fprog program = {n / sizeof *code, code};
+    if (n <= 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program)) die(path);
+    close(fd);
+}
+
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "--listen") && i + 1 < argc) listener = atoi(argv[++i]);
         else if (!strcmp(argv[i], "--device") && i + 1 < argc) device_path = argv[++i];
         else if (!strcmp(argv[i], "--drop")) drop_caps = 1;
+        else if (!strcmp(argv[i], "--wall") && i + 1 < argc) wall(argv[++i]);
+        else if (!strcmp(argv[i], "--filter") && i + 1 < argc) put_on_filter(argv[++i]);
         else { dprintf(2, "usage: agent --listen FD | --device PATH [--drop]\n"); return 2; }
     if (device_path) {
         device = 1;
-        if ((conn = open(device_path, O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK)) < 0) die(device_path);
+        if ((conn = !strcmp(device_path, "-") ? fcntl(0, F_DUPFD_CLOEXEC, 3) : open(device_path, O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK)) < 0) die(device_path);
+        fcntl(conn, F_SETFL, O_RDWR | O_NONBLOCK);
         struct termios raw;
         if (!tcgetattr(conn, &raw)) { cfmakeraw(&raw); tcsetattr(conn, TCSANOW, &raw); }
         greet();

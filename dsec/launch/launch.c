@@ -1,14 +1,17 @@
-/* Puts a sandbox's walls up in the one order that leaves no gap, then becomes bubblewrap.
+/* Puts a sandbox's walls up in the one order that leaves no gap, then becomes bubblewrap or an OCI runtime.
  *
  *   launch --keep N [--cgroup FILE]... [--base UID] --root DIR (--size BYTES | --loop IMAGE) --lower DIR...
- *          [--pids N --memory BYTES] -- PROGRAM ARG...
+ *          [--pids N --memory BYTES] [--oci CONFIG [--nested 1]] -- PROGRAM ARG...
  *
  * 1 a session of its own, no file descriptor above N    2 member of its cgroups, so nothing ever runs outside them
  * 3 a private mount namespace: nothing mounted here is seen by the host or outlives the sandbox
  * 4 a user namespace: with --base (we are root) ids 0..65535 are host ids UID.., else id 0 is the caller
  * 5 a capped writable layer over the read-only lowers, whose owners are shifted by the same map; mounted on /sys, which
  *   is always there, which every id may reach, and which no sandbox shall see
- * 6 no user namespace below ours, no core files, no new privileges; host root is gone for good before PROGRAM runs */
+ * 6 no user namespace below ours, no core files, no new privileges; host root is gone for good before PROGRAM runs
+ *
+ * --oci: PROGRAM is a runtime. It finds CONFIG as /run/config.json on a small memory disk of its own, the root on /mnt, and
+ * no v2 cgroups, which a runtime would take for its own. --nested: it needs a user namespace itself (gVisor). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -99,9 +102,22 @@ static const char *shifted(const char *lower, int users, const char *target) { /
     return target;
 }
 
+static void runtime_folder(const char *config, long base) { /* for a runtime's state, and the bundle it runs */
+    char data[1 << 16], options[128];
+    int fd = open(config, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, data, sizeof data);
+    if (n <= 0 || n == sizeof data) die(config);
+    close(fd);
+    umount2("/sys/fs/cgroup/unified", MNT_DETACH);
+    snprintf(options, sizeof options, base ? "mode=0700,size=4m,uid=%ld,gid=%ld" : "mode=0700,size=4m", base, base);
+    if (mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, options)) die("/run");
+    if ((fd = open("/run/config.json", O_WRONLY | O_CREAT | O_CLOEXEC, 0644)) < 0 || write(fd, data, n) != n) die("/run/config.json");
+    close(fd);
+}
+
 int main(int argc, char **argv) {
-    const char *lowers[LOWERS], *root = NULL, *size = NULL, *image = NULL, *pids = NULL, *memory = NULL, *cgroups[16];
-    int count = 0, groups = 0, keep = 2, i;
+    const char *oci = NULL, *lowers[LOWERS], *root = NULL, *size = NULL, *image = NULL, *pids = NULL, *memory = NULL, *cgroups[16];
+    int count = 0, groups = 0, keep = 2, nested = 0, i;
     long base = 0;
     for (i = 1; i + 1 < argc && strcmp(argv[i], "--"); i += 2) {
         char *key = argv[i], *value = argv[i + 1];
@@ -113,6 +129,8 @@ int main(int argc, char **argv) {
         else if (!strcmp(key, "--loop")) image = value;
         else if (!strcmp(key, "--pids")) pids = value;
         else if (!strcmp(key, "--memory")) memory = value;
+        else if (!strcmp(key, "--oci")) oci = value;
+        else if (!strcmp(key, "--nested")) nested = 1;
         else if (!strcmp(key, "--lower") && count < LOWERS) lowers[count++] = value;
         else { dprintf(2, "launch: what is %s?\n", key); return 2; }
     }
@@ -130,8 +148,9 @@ int main(int argc, char **argv) {
     } else own_namespaces();
     if (mount("", "/", NULL, MS_REC | MS_PRIVATE, NULL)) die("private mounts");
 
-    const char *disk = "disk", *merged = "/sys", *upper = "disk/upper", *work = "disk/work";
+    const char *disk = "disk", *merged = oci ? "/mnt" : "/sys", *upper = "disk/upper", *work = "disk/work";
     char options[4096]; /* the kernel takes a page, so every path that can be is relative to the root */
+    if (oci) runtime_folder(oci, base);
     if (chdir(root)) die(root);
     snprintf(options, sizeof options, "mode=0755,size=%s,nr_inodes=%ld", size ? size : "0", size ? atol(size) / 4096 + 1024 : 0);
     if (mkdir(disk, 0700) && errno != EEXIST) die(root);
@@ -149,7 +168,7 @@ int main(int argc, char **argv) {
     if (mount("overlay", merged, "overlay", MS_NOSUID | MS_NODEV, options)) die("overlay");
 
     if (users >= 0 && (setns(users, CLONE_NEWUSER) || setgroups(0, NULL) || setresgid(0, 0, 0) || setresuid(0, 0, 0))) die("into the user namespace");
-    put("/proc/sys/user/max_user_namespaces", "0");
+    if (!nested) put("/proc/sys/user/max_user_namespaces", "0");
     struct rlimit none = {0, 0}, processes, data;
     setrlimit(RLIMIT_CORE, &none);
     if (pids) { /* without cgroups: processes are counted per user namespace, memory per process */

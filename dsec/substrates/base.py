@@ -60,7 +60,8 @@ class Substrate(Protocol):
 
     def __init__(self, home: Path) -> None: ...
 
-    async def probe(self) -> Probe: ...
+    async def probe(self) -> Probe:
+        """Starts one. A substrate with several `runtimes` (names) takes one of them as `runtime`."""
 
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> Running:
         """Starts a sandbox whose own state is in `folder` (exists, empty, mode 0700), from a `snapshot` if given. The

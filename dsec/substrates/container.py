@@ -11,20 +11,24 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dsec.errors import Capacity, DsecError, ImageError, NotFound, SandboxFailed, SubstrateUnavailable
+from dsec.errors import Capacity, DsecError, ImageError, InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable
 from dsec.guest import build
 from dsec.guest.protocol import Agent
 from dsec.launch import cgroups, seccomp, selftest
 from dsec.launch.cgroups import Cgroup
+from dsec.substrates import oci
 from dsec.substrates.base import Probe
+from dsec.substrates.oci import Runtime
 from dsec.types import Capabilities, Spec, Stats
 
 MASKED = (
@@ -37,6 +41,7 @@ HOST_FILES = [
 ] + ["/etc/ssl/certs/ca-certificates.crt"]
 """What the host image takes from the host's /etc: what its programs need to start, nothing that says whose it is."""
 OVERHEAD = 2  # processes: bubblewrap's monitor and the agent
+BWRAP = Runtime(memory=0, pids=OVERHEAD)
 FIX = "apt-get install bubblewrap"
 
 
@@ -44,6 +49,7 @@ class ContainerSubstrate:
     """See base.Substrate."""
 
     name = "container"
+    runtimes = tuple(oci.RUNTIMES)
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -52,10 +58,15 @@ class ContainerSubstrate:
         limits = "cgroup" if self.groups.limits else "rlimit"
         self.capabilities = Capabilities(isolation=2, fork_memory=False, network=True, limits=limits)
         self._prepared: asyncio.Future[None] | None = None
+        self._trusted: dict[str, asyncio.Future[None]] = {}
         self._reaper: asyncio.Task[None] | None = None
         self._dead: asyncio.Queue[tuple[Cgroup | None, Path]] = asyncio.Queue()
 
-    async def probe(self) -> Probe:
+    def isolation(self, spec: Spec) -> int:
+        """What the runtime that `spec` names gives."""
+        return oci.RUNTIMES[spec.runtime].isolation if spec.runtime in oci.RUNTIMES else self.capabilities.isolation
+
+    async def probe(self, runtime: str = "") -> Probe:
         import tempfile
 
         start = time.perf_counter()
@@ -64,10 +75,11 @@ class ContainerSubstrate:
         with tempfile.TemporaryDirectory(dir=self.home / "tmp") as scratch:
             try:
                 async with asyncio.timeout(60):
-                    running = await self.create("probe", Spec(), Path(scratch))
+                    running = await self.create("probe", Spec(runtime=runtime), Path(scratch))
                     done = await running.agent.exec(["true"], lambda kind, data: None, env=ENV).done
                 seconds = time.perf_counter() - start
-                return Probe(done.code == 0, f"bubblewrap, limits by {self.capabilities.limits}", "", seconds)
+                how = f"{runtime or 'bubblewrap'}, limits by {self.capabilities.limits}"
+                return Probe(done.code == 0, how, "", seconds)
             except SubstrateUnavailable as error:
                 return Probe(False, error.reason, error.fix)
             except (DsecError, TimeoutError) as error:
@@ -78,6 +90,7 @@ class ContainerSubstrate:
 
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> Container:
         await self._prepare()
+        runtime = await self._runtime(spec.runtime, id)
         lowers, mounts = await self._image(spec.image)
         if snapshot is not None:  # hard links: the snapshot may be deleted while we live
             await asyncio.to_thread(_run, ["cp", "-al", snapshot / "layers", folder / "layers"])
@@ -85,7 +98,7 @@ class ContainerSubstrate:
         group = None
         if self.groups.limits or self.root:
             group = Cgroup.claim(self.groups)
-            group.limit(spec.cpu, spec.memory, int(spec.pids) + OVERHEAD)
+            group.limit(spec.cpu, spec.memory + runtime.memory, int(spec.pids) + runtime.pids)
         try:
             disk = ["--size", str(spec.disk << 20)]
             if self.root and spec.disk * 2 > spec.memory:
@@ -93,13 +106,34 @@ class ContainerSubstrate:
             with socket.socket(socket.AF_UNIX) as listener:
                 _bind(listener, folder / "agent.sock")
                 pid = self._spawn(listener, folder, spec, group, disk, lowers, mounts)
-                agent = await Agent.connect(folder / "agent.sock")
+                agent = await Agent.connect(folder / "agent.sock", serial=runtime.serial)
         except BaseException:
             if group is not None:
                 group.kill()
             self._bury(group, folder)
             raise
-        return Container(self, pid, group, folder, agent, self.capabilities)
+        return Container(self, pid, group, folder, agent, self._capabilities(runtime))
+
+    def _capabilities(self, runtime: Runtime) -> Capabilities:
+        return replace(self.capabilities, isolation=runtime.isolation, tty=runtime.tty)
+
+    async def _runtime(self, name: str, id: str) -> Runtime:
+        """What is behind `name`, tested from inside before its first use."""
+        if not name:
+            return BWRAP
+        if name not in oci.RUNTIMES:
+            raise InvalidRequest(f"a container's runtime is one of {', '.join(oci.RUNTIMES)}, not {name!r}")
+        oci.find(name, self.root)
+        if id != "selftest":
+            if name not in self._trusted:
+                self._trusted[name] = asyncio.ensure_future(self.self_test(name))
+            try:
+                await asyncio.shield(self._trusted[name])
+            except BaseException:
+                if self._trusted[name].done():
+                    del self._trusted[name]
+                raise
+        return oci.RUNTIMES[name]
 
     def _spawn(
         self, listener: socket.socket, folder: Path, spec: Spec, group: Cgroup | None, disk: list[str],
@@ -112,8 +146,12 @@ class ContainerSubstrate:
         if not self.groups.limits:
             argv += ["--pids", str(int(spec.pids) + OVERHEAD), "--memory", str(spec.memory << 20)]
         argv += [part for lower in lowers for part in ("--lower", str(lower))]
-        argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
-        argv += ["--", "/.dsec/agent", "--listen", "3", "--drop"]
+        if spec.runtime:
+            masked = [f"/proc/{name}" for name in MASKED if Path("/proc", name).exists()]
+            argv += oci.command(spec.runtime, self.root, folder, mounts, masked, AGENT_CAPS)
+        else:
+            argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
+            argv += ["--", "/.dsec/agent", "--listen", "3", "--drop", "--wall", "/"]
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             return os.posix_spawn(
@@ -141,16 +179,18 @@ class ContainerSubstrate:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         await self._prepare()
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
-        return Container(self, pid, group, folder, await Agent.connect(folder / "agent.sock"), self.capabilities)
+        runtime = oci.RUNTIMES[spec.runtime] if spec.runtime else BWRAP
+        agent = await Agent.connect(folder / "agent.sock", serial=runtime.serial)
+        return Container(self, pid, group, folder, agent, self._capabilities(runtime))
 
-    async def self_test(self) -> None:
+    async def self_test(self, runtime: str = "") -> None:
         """Raises SubstrateUnavailable unless every canary write from inside fails; see launch/selftest.py."""
-        folder = self.home / "tmp" / f"selftest-{os.getpid()}"
+        folder = self.home / "tmp" / f"selftest-{secrets.token_hex(6)}"
         await asyncio.to_thread(folder.mkdir, 0o700, True, True)
         with selftest.canary(self.home) as canary:
-            running = await self.create("selftest", Spec(), folder)
+            running = await self.create("selftest", Spec(runtime=runtime), folder)
             try:
-                await selftest.check(running.agent, canary, self.root)
+                await selftest.check(running.agent, canary, self.root, running.capabilities.isolation > 2)
             finally:
                 await running.destroy()
 
@@ -184,12 +224,16 @@ class ContainerSubstrate:
         agent = build.agent(self.home)
         self.filter = cache / "seccomp.bpf"
         _replace(self.filter, seccomp.program())
-        self.layer = cache / agent.name.replace("agent", "layer")
+        relay = build.program(Path(build.__file__).with_name("relay.c"), cache)
+        parts = f"{agent.name} {relay.name} {self.filter.read_bytes()!r}"
+        self.layer = cache / f"layer-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
         if not self.layer.exists():
             scratch = self.layer.with_suffix(f".{os.getpid()}")
             for name in ("proc", "dev", ".dsec"):
                 (scratch / name).mkdir(parents=True)
             shutil.copy(agent, scratch / ".dsec" / "agent")
+            shutil.copy(relay, scratch / ".dsec" / "relay")
+            shutil.copy(self.filter, scratch / ".dsec" / "seccomp.bpf")
             _settle(scratch, self.layer)
         self._host_layer, self._host_mounts = _host_image(cache)
         self._walls = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --as-pid-1".split()

@@ -70,6 +70,59 @@ async def sh(agent: Agent, command: str | list[str], **options: Any) -> tuple[by
     return out[b"O"], out[b"E"], done
 
 
+def test_the_wall_lets_nothing_outside_its_folder_be_opened(binary: Path, tmp_path: Path) -> None:
+    """Landlock, seen from a command: files, signals and abstract sockets outside; without it, the control."""
+    if Path("/sys/kernel/security/lsm").exists() and "landlock" not in Path("/sys/kernel/security/lsm").read_text():
+        pytest.skip("this kernel has no Landlock")
+    secret = tmp_path / "secret"
+    secret.write_text("outside")
+    victim = subprocess.Popen(["sleep", "60"])
+    abstract = socket.socket(socket.AF_UNIX)
+    abstract.bind(f"\0dsec-test-{os.getpid()}")
+    abstract.listen()
+    script = f"""
+from os import kill; import socket
+for name, attempt in (("read", lambda: open({str(secret)!r}).read()), ("write", lambda: open({str(secret)!r}, "a")),
+    ("list", lambda: __import__("os").listdir("/etc")), ("link", lambda: open("/proc/self/root/etc/passwd")),
+    ("signal", lambda: kill({victim.pid}, 0)),
+    ("abstract", lambda: socket.socket(socket.AF_UNIX).connect("\\0dsec-test-{os.getpid()}"))):
+    try: attempt(); print(name)
+    except PermissionError: pass
+open("/usr/bin/env", "rb").read(1); print("inside")
+"""
+
+    def seen(*wall: str) -> list[str]:
+        path = tmp_path / f"{len(wall)}.sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            fd = listener.fileno()
+            process = subprocess.Popen([binary, "--listen", str(fd), *wall], pass_fds=[fd], env={"HOME": "/usr"})
+
+        async def main() -> list[str]:
+            agent = await Agent.connect(path)
+            command = ["/usr/bin/python3", "-I", "-S", "-c", script]
+            out, err, _ = await asyncio.wait_for(sh(agent, command, stdin=True), 30)  # /dev/null is outside, too
+            return (out + err).decode().split()
+
+        try:
+            return asyncio.run(main())
+        finally:
+            process.kill()
+            process.wait()
+
+    try:
+        assert seen() == ["read", "write", "list", "link", "signal", "abstract", "inside"]
+        left = seen("--wall", "/usr")
+        assert set(left) - {"signal", "abstract"} == {"inside"}
+        if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 12):  # signals and sockets are newer
+            assert left == ["inside"]
+    finally:
+        victim.kill()
+        victim.wait()
+        abstract.close()
+
+
 def test_commands(serve: Any) -> None:
     async def body(agent: Agent, _: Any) -> None:
         out, err, done = await sh(agent, "echo out; echo err >&2; exit 7")
