@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dsec.edge.box import Box
 from dsec.errors import InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
 from dsec.launch import cgroups
 from dsec.substrates import oci
@@ -150,7 +150,7 @@ def test_snapshots_of_gvisor_have_what_was_written(gvisor: Through) -> None:
 
 
 def _slot(host: Through, box: Any) -> int:
-    return int(json.loads((host.home / "sandboxes" / box.id / "state.json").read_text())["running"]["slot"])
+    return int(Box.saved(host.home / "sandboxes" / box.id)["running"]["slot"])
 
 
 def test_it_outlives_its_edge(make_host: Callable[[str], Host]) -> None:
