@@ -9,10 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.triton import EXACT
-from dsv4.kernels.triton.tiles import cast, multiply, parts, stored
+from dsv4.kernels.triton.tiles import cast, multiply, parts, stored, tile
 from dsv4.numerics import ACTIVATION, Packed
 
-_WIDE = 64  # outputs of a tile
+
+def wide(out: int) -> int:
+    """Outputs of a tile: so few that a narrow matrix still keeps the device's 100 or so processors busy."""
+    return max(16, min(64, out // 128 & -16))
 
 
 def height(rows: float) -> int:
@@ -39,9 +42,9 @@ def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
 def _multiply(x: Tensor, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     groups, width, out = *x.shape[-2:], weight.shape[0] // x.shape[-2]
     rows = x.numel() // (groups * width)
-    y, size = x.new_empty(*x.shape[:-1], out, dtype=dtype), height(rows)
-    grid = (triton.cdiv(rows, size), triton.cdiv(out, _WIDE), groups)
-    _linear[grid](x, *parts(weight), y, rows, out, width, M=size, N=_WIDE, **stored(weight))
+    y, size, many = x.new_empty(*x.shape[:-1], out, dtype=dtype), height(rows), tile(wide(out * groups))
+    grid = (triton.cdiv(rows, size), triton.cdiv(out, many), groups)
+    _linear[grid](x, *parts(weight), y, rows, out, width, M=size, N=many, **stored(weight))
     return y
 
 
