@@ -6,7 +6,8 @@ Each kernel is first compared with its plain torch reference on the same device 
 largest value), then timed as a CUDA graph: median of device times, the L2 cache overwritten before each. Bytes count
 every input and output once (of experts only those that some token chose), so caches cannot make a kernel look better
 than it is; FLOPs are those of the products. Both stand beside what the device did in the same run: GB/s of a large
-copy, FLOP/s of a large bf16 product. The last lines name the date, the device and the versions, which a figure must carry wherever it is quoted.
+copy, FLOP/s of a large bf16 product. The last lines name the date, the device and the versions, which a figure must
+carry wherever it is quoted.
 """
 
 from __future__ import annotations
