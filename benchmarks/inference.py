@@ -73,7 +73,8 @@ class Theirs:
         return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
 
 
-ENGINES: dict[str, Any] = {"ours": Ours, "transformers": Theirs}
+ENGINES: dict[str, Any] = {"ours": Ours, "plain torch": Ours, "transformers": Theirs}
+"""ours: with whatever kernels this machine can run; plain torch: ours with DSV4_KERNELS=reference."""
 
 
 def tokens(count: int) -> Any:
@@ -108,8 +109,8 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
 
     ids, found = tokens(656), []
     with torch.inference_mode():
-        for name in ENGINES:
-            engine = ENGINES[name](spec["folder"], "float32")
+        for side in (Ours, Theirs):
+            engine = side(spec["folder"], "float32")
             parts = ids.split([300, 260] + [1] * 96, 1)
             found.append(torch.stack([engine.feed(part).float() for part in parts]))
     error = (found[0] - found[1]).abs().amax(-1)
@@ -153,24 +154,26 @@ def tables(records: list[dict[str, Any]], options: Any) -> str:
     for dtype in options.dtypes:
         for context in options.contexts:
             where = {"dtype": dtype, "context": context}
-            ours, theirs = {"engine": "ours", **where}, {"engine": "transformers", **where}
-
-            def row(field: str, digits: int, ours: dict[str, Any] = ours, theirs: dict[str, Any] = theirs) -> list[str]:
-                ratio = bench.middle(records, field, **ours) / bench.middle(records, field, **theirs)
-                return [*(bench.shown(records, field, digits, **side) for side in (ours, theirs)), f"**{ratio:.2f}**"]
-
-            memory = [f"{bench.middle(records, 'peak_gib', **side):.2f}" for side in (ours, theirs)]
+            theirs = {"engine": "transformers", **where}
             work = bench.flops(CONFIG, context, 1) / context / 1e9
-            rate = bench.middle(records, "prefill_tokens_s", **ours) * work
-            share = f"{100 * rate / limit[dtype + '_gflop_s']:.0f} % of {limit[dtype + '_gflop_s'] / work:,.0f}"
-            prefill.append([dtype, f"{context:,}", *row("prefill_tokens_s", 0), *memory, share])
             size = bench.decode_bytes(CONFIG, context, dtype) / 1e9
-            rate = bench.middle(records, "decode_tokens_s", **ours) * size
-            share = f"{100 * rate / limit['copy_gb_s']:.0f} % of {limit['copy_gb_s'] / size:,.0f}"
-            decode.append([dtype, f"{context:,}", *row("decode_tokens_s", 1), share])
-    head = ["dtype", "context", "ours, tokens/s", "transformers, tokens/s", "ratio"]
+            for engine in list(ENGINES)[:2]:
+                ours = {"engine": engine, **where}
+
+                def row(field: str, digits: int, pair: tuple[dict[str, Any], ...] = (ours, theirs)) -> list[str]:
+                    ratio = bench.middle(records, field, **pair[0]) / bench.middle(records, field, **pair[1])
+                    return [*(bench.shown(records, field, digits, **side) for side in pair), f"**{ratio:.2f}**"]
+
+                memory = [f"{bench.middle(records, 'peak_gib', **side):.2f}" for side in (ours, theirs)]
+                rate = bench.middle(records, "prefill_tokens_s", **ours) * work
+                share = f"{100 * rate / limit[dtype + '_gflop_s']:.0f} % of {limit[dtype + '_gflop_s'] / work:,.0f}"
+                prefill.append([dtype, f"{context:,}", engine, *row("prefill_tokens_s", 0), *memory, share])
+                rate = bench.middle(records, "decode_tokens_s", **ours) * size
+                share = f"{100 * rate / limit['copy_gb_s']:.0f} % of {limit['copy_gb_s'] / size:,.0f}"
+                decode.append([dtype, f"{context:,}", engine, *row("decode_tokens_s", 1), share])
+    head = ["dtype", "context", "", "tokens/s", "transformers, tokens/s", "ratio"]
     return (
-        "Prefill\n\n" + bench.table([*head, "peak GiB, ours", "transformers", "of the FLOP limit"], prefill)
+        "Prefill\n\n" + bench.table([*head, "peak GiB", "transformers", "of the FLOP limit"], prefill)
         + f"\nDecode, {options.decode} tokens\n\n" + bench.table([*head, "of the bandwidth limit"], decode)
     )  # fmt: skip
 
@@ -179,7 +182,6 @@ def main() -> None:
     parser = bench.arguments(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded after each prefill")
-    parser.add_argument("--plain", action="store_true", help="ours without compiled kernels (DSV4_KERNELS=reference)")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens ours takes at once")
     options = parser.parse_args()
     if options.worker:
@@ -197,8 +199,8 @@ def main() -> None:
             for context in options.contexts:
                 for engine in ENGINES:
                     one_shot = context if context <= ONE_SHOT else 1024
-                    chunk = options.chunk if engine == "ours" else one_shot
-                    plain = {"env": {"DSV4_KERNELS": "reference"}} if options.plain and engine == "ours" else {}
+                    chunk = one_shot if engine == "transformers" else options.chunk
+                    plain = {"env": {"DSV4_KERNELS": "reference"}} if engine == "plain torch" else {}
                     case = {**plain, "engine": engine, "dtype": dtype, "context": context, "chunk": chunk}
                     cases.append({"kind": "speed", "folder": folder, "decode": options.decode, **case})
         records = bench.rounds(cases, options, "inference")

@@ -238,7 +238,7 @@ class AsyncSandbox:
         Raises SubstrateUnavailable (with the fix), Capacity, ImageError, InvalidRequest.
         """
         transport = transport or default_transport()
-        wanted = Spec.from_dict(spec).as_dict()
+        wanted = Spec.from_dict(spec).stated()
         info, _ = await transport.call("create", {"spec": wanted})
         return cls(SandboxInfo(**info), transport)
 
@@ -262,7 +262,7 @@ class AsyncSandbox:
     async def pool(cls, size: int, *, transport: Transport | None = None, **spec: Any) -> int:
         """Keeps `size` sandboxes of this kind ready on the host, so that create takes a millisecond; 0 ends it."""
         transport = transport or default_transport()
-        answer, _ = await transport.call("pool", {"spec": Spec.from_dict(spec).as_dict(), "size": size})
+        answer, _ = await transport.call("pool", {"spec": Spec.from_dict(spec).stated(), "size": size})
         return int(answer["ready"])
 
     async def __aenter__(self) -> Self:

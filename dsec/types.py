@@ -91,6 +91,12 @@ class Spec(Record):
         if not 0 <= self.isolation_min <= 4:
             raise InvalidRequest(f"isolation_min is 0 to 4, not {self.isolation_min!r}")
 
+    def stated(self) -> dict[str, Any]:
+        """What differs from the defaults: a field that a later version adds changes neither the digests of older logs
+        nor what an older Edge is asked."""
+        usual = Spec().as_dict()
+        return {key: value for key, value in self.as_dict().items() if value != usual[key]}
+
     def but(self, **changes: Any) -> Spec:
         """A copy with some fields changed."""
         return replace(self, **changes)

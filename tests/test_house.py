@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from dsec.client import EmbeddedTransport
 from dsv4.cli.app import COMMANDS, app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,12 +173,21 @@ def test_quick_lines_of_the_readme_run() -> None:
         assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
 
 
-def test_python_blocks_of_the_readme_run() -> None:
+def test_python_blocks_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) -> None:
     snippets = blocks(ROOT / "README.md", "python")
     assert snippets
-    for snippet in snippets:
-        result = run(sys.executable, "-c", snippet)
-        assert result.returncode == 0, f"{snippet}\n{result.stderr}"
+    with tempfile.TemporaryDirectory(prefix="dsec") as home:  # of their own: the machine's may hold the same trajectory
+        monkeypatch.setenv("DSEC_HOME", home)
+        for snippet in snippets:
+            result = run(sys.executable, "-c", snippet)
+            assert result.returncode == 0, f"{snippet}\n{result.stderr}"
+        asyncio.run(end_edge(Path(home)))
+
+
+async def end_edge(home: Path) -> None:
+    transport = EmbeddedTransport(home)
+    await transport.call("shutdown", {"destroy": True})
+    await transport.close()
 
 
 def test_links_and_trees_of_the_documents_lead_somewhere() -> None:

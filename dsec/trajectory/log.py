@@ -192,7 +192,7 @@ class TrajectoryLog(Records):
 
         `spec` is a Spec or its dict. `epoch` comes from a lease; None takes the next one. Fenced if a newer one is out.
         """
-        identity = keys.identity(spec if isinstance(spec, Mapping) else spec.as_dict(), self.secret)
+        identity = keys.identity(spec if isinstance(spec, Mapping) else spec.stated(), self.secret)
         return await self.resume(Branch(trajectory, branch, identity, image_digest, seeds), epoch, on_divergence)
 
     async def resume(self, wanted: Branch, epoch: int | None, on_divergence: str) -> Trajectory:
