@@ -120,7 +120,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The core with gradients: every query against every row in reach, under masks."""
         layer = self.layer
-        far = far_mask = scores = index = None
+        far = far_mask = scores = None
         if layer.compress_ratio:
             entries = self.compressor(h, plan, memory.kv if memory else None)
             if entries.shape[1]:
@@ -132,8 +132,7 @@ class Attention(nn.Module):
                 h, latent = h.detach(), latent.detach()
                 keys = self.indexer.keys(h, plan, memory.index if memory else None)
                 if far is not None and (trace is not None or far.shape[1] > self.config.index_topk):
-                    index = (*self.indexer.queries(h, latent, plan.angles[layer.rope]), keys)
-                    scores = Indexer.score(*index)
+                    scores = Indexer.score(*self.indexer.queries(h, latent, plan.angles[layer.rope]), keys)
         sparse = trace is None or trace.indexer == "sparse"
         if sparse and far is not None and far_mask is not None and scores is not None:
             far, far_mask, scores = self._select(far, far_mask, scores)
