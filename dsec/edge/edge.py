@@ -36,6 +36,7 @@ from dsec.errors import (
     Timeout,
 )
 from dsec.guest.protocol import OUTPUT_LIMIT
+from dsec.launch.cgroups import abandon
 from dsec.network.gateway import NetworkOperations, environment
 from dsec.substrates import base
 from dsec.types import CommandResult, Record, SandboxInfo, Spec
@@ -93,7 +94,7 @@ class Edge(FileOperations, NetworkOperations):
             state = Box.saved(folder)
             spec = Spec.from_dict(state["spec"])
         except (OSError, ValueError, KeyError, DsecError):
-            await asyncio.to_thread(shutil.rmtree, folder, True)  # never finished being made
+            await asyncio.to_thread(abandon, folder)  # never finished being made
             return
         box = Box(folder.name, spec, folder, self.host, state["isolation"], state["capabilities"], state["created"])
         box.deadline, box.state, box.left, box.source = (

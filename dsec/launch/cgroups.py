@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -103,6 +104,10 @@ class Cgroup:
     def base(self) -> int:
         """The first host id of its range."""
         return FIRST_ID + self.slot * RANGE
+
+    def note(self, folder: Path) -> None:
+        """Leaves its number in a sandbox's folder, before anything joins it: see `abandon`."""
+        (folder / "slot").write_text(str(self.slot))
 
     def limit(self, cpu: float, memory: int, pids: int) -> None:
         """Cores, MiB (swap none) and processes."""
@@ -200,6 +205,18 @@ class Cgroup:
             except OSError:
                 return False
         return True
+
+
+def abandon(folder: Path) -> None:
+    """Ends and removes what an Edge had only begun to make in `folder` when it died: nobody can adopt it. Waits up to a
+    second for its processes to go."""
+    with contextlib.suppress(OSError, ValueError):
+        group = Cgroup(detect(), int((folder / "slot").read_text()))
+        group.kill()
+        end = time.monotonic() + 1
+        while not group.remove() and time.monotonic() < end:
+            time.sleep(0.01)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(path: Path, value: object) -> None:

@@ -98,6 +98,7 @@ class ContainerSubstrate:
         group = None
         if self.groups.limits or self.root:
             group = Cgroup.claim(self.groups)
+            group.note(folder)
             group.limit(spec.cpu, spec.memory + runtime.memory, int(spec.pids) + runtime.pids)
         try:
             disk = ["--size", str(spec.disk << 20)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4.kernels.reference.select import top_mask
 
-_SCRATCH = 1 << 20  # floats of one piece
+_SCRATCH = 1 << 21  # floats of one piece
 
 
 def _pieces(tokens: int, per_query: int) -> Iterator[slice]:
