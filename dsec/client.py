@@ -121,11 +121,14 @@ class EmbeddedTransport:
             del self._waiting[id]
 
     async def stream(self, op: str, args: dict[str, Any]) -> AsyncIterator[Event]:
+        from dsec.edge.server import beside
+
         id = next(self._ids)
         queue = self._waiting[id] = asyncio.Queue()
         kind = ""
         try:
-            await self._send({"id": id, "op": op, "args": args, "stream": True})
+            args, data = beside(args)
+            await self._send({"id": id, "op": op, "args": args, "stream": True}, data)
             while kind != "result":
                 head, data = _answer(await queue.get())
                 kind = head["event"]

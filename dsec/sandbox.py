@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import base64
 import codecs
 import contextlib
 import inspect
@@ -136,7 +135,7 @@ class AsyncCommands(_Part):
             raise InvalidRequest("stdin=True needs background=True: who else would send it?")
         args |= {"id": self._box.id, "idempotent": idempotent, "on_unknown": on_unknown}
         if isinstance(raw, bytes):
-            args["input"] = base64.b64encode(raw).decode()
+            args["input"] = raw or ""
         return await _collect(self._box._transport, "commands.run", args, on_stdout, on_stderr, check)
 
     async def list(self) -> list[dict[str, Any]]:

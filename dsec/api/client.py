@@ -9,6 +9,7 @@ from typing import Any
 
 from dsec.api.http import BROKEN, HttpClient
 from dsec.cluster.link import Unreachable, decode, encode
+from dsec.edge.server import beside
 from dsec.errors import DsecError, from_wire
 
 Event = tuple[str, bytes]
@@ -39,7 +40,7 @@ class RemoteTransport:
 
     async def stream(self, op: str, args: dict[str, Any]) -> AsyncIterator[Event]:
         try:
-            async with self._client.post(f"/v1/streams/{op}", encode(args)) as answer:
+            async with self._client.post(f"/v1/streams/{op}", encode(*beside(args))) as answer:
                 if answer.status != 200:
                     raise self._error(answer.status, await answer.read())
                 rest, result = b"", None

@@ -56,6 +56,7 @@ class Wire:
         if path.startswith(OPS):
             found, out = await self._service.call(user.project, path[len(OPS) :], args, data)
             return Response(encode(found, out), media_type=KIND)
+        args |= {"input": data} if data else {}
         return StreamingResponse(self._events(user.project, path[len(STREAMS) :], args), media_type=KIND)
 
     async def _events(self, project: str, op: str, args: dict[str, Any]) -> AsyncIterator[bytes]:

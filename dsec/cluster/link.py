@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from dsec.edge.server import message, receive
+from dsec.edge.server import beside, message, receive
 from dsec.errors import DsecError, from_wire
 
 Item = tuple[dict[str, Any], bytes]
@@ -98,7 +98,7 @@ class Link:
             return head["result"], data
 
     async def stream(self, op: str, args: dict[str, Any]) -> AsyncIterator[tuple[str, bytes]]:
-        async with self._ask(op, args, b"", True) as queue:
+        async with self._ask(op, *beside(args), True) as queue:
             while True:
                 head, data = self._open(await queue.get())
                 yield head["event"], data

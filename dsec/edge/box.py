@@ -58,7 +58,7 @@ class Command:
         self.timed_out = timeout
         if self.process is not None and not self.process.done.done():
             with contextlib.suppress(SandboxFailed):
-                self.process.signal(9)
+                self.process.kill()
 
     def _finish(self, done: asyncio.Future[Exit]) -> None:
         if self.late is not None:

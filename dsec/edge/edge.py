@@ -8,20 +8,18 @@ killed one stopped.
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dsec.edge.box import Box, Command, recorded, unrecorded
+from dsec.edge.box import Box, recorded, unrecorded
+from dsec.edge.commands import CommandOperations, Unknown
 from dsec.edge.files import FileOperations, sync_tree
 from dsec.edge.pool import Pool
 from dsec.errors import (
@@ -35,18 +33,16 @@ from dsec.errors import (
     SubstrateUnavailable,
     Timeout,
 )
-from dsec.guest.protocol import OUTPUT_LIMIT
 from dsec.launch.cgroups import abandon
-from dsec.network.gateway import NetworkOperations, environment
+from dsec.network.gateway import NetworkOperations
 from dsec.substrates import base
-from dsec.types import CommandResult, Record, SandboxInfo, Spec
+from dsec.types import Record, SandboxInfo, Spec
 
 MAX_LIVE = 2000
-ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 Answer = dict[str, Any]
 
 
-class Edge(FileOperations, NetworkOperations):
+class Edge(CommandOperations, FileOperations, NetworkOperations):
     """See the module. `start` adopts what an earlier Edge left; `stop` ends this process's part, not the sandboxes."""
 
     def __init__(self, home: Path, host: str = "", max_live: int | None = None) -> None:
@@ -446,7 +442,7 @@ class Edge(FileOperations, NetworkOperations):
 
     async def _logged(
         self, box: Box, kind: str, args: dict[str, Any], act: Callable[[int], Awaitable[Answer]],
-        idempotent: bool = False, on_unknown: Literal["retry", "fail", "restore_then_retry"] = "fail",
+        idempotent: bool = False, on_unknown: Unknown = "fail",
     ) -> Answer:  # fmt: skip
         """The operation through the box's trajectory, if it has one."""
         trajectory = box.trajectory
@@ -491,113 +487,3 @@ class Edge(FileOperations, NetworkOperations):
         answer = await self.op_snapshot(id)
         await box.trajectory.snapshot(answer["snapshot"])
         return answer
-
-    # commands
-
-    async def _options(self, box: Box, user: str | None, env: dict[str, str] | None, cwd: str | None) -> dict[str, Any]:
-        uid, gid, home = await self._user(box, user or box.spec.user)
-        env = {**ENV, "HOME": home, **environment(box.spec.network), **box.spec.env, **(env or {})}
-        return {"uid": uid, "gid": gid, "cwd": cwd or home, "env": env}
-
-    async def _user(self, box: Box, user: str) -> tuple[int, int, str]:
-        """Looked up in the sandbox's own passwd file; numbers are taken as they are."""
-        if user in ("root", "0"):
-            return 0, 0, "/root"
-        if not getattr(box.alive(), "users", True):
-            raise InvalidRequest(f"no user {user!r}: an Edge that is not root maps root only")
-        if user.isdecimal():
-            return int(user), int(user), "/"
-        with contextlib.suppress(NotFound):
-            for line in (
-                (await box.alive().agent.read("/etc/passwd", size=1 << 20)).decode("utf-8", "replace").splitlines()
-            ):
-                parts = line.split(":")
-                if len(parts) >= 6 and parts[0] == user and parts[2].isdecimal() and parts[3].isdecimal():
-                    return int(parts[2]), int(parts[3]), parts[5] or "/"
-        raise InvalidRequest(f"no user {user!r} in the sandbox")
-
-    async def op_commands_start(
-        self, id: str, command: str | list[str], cwd: str | None = None, env: dict[str, str] | None = None,
-        user: str | None = None, timeout: float | None = 60, stdin: bool = False, tty: list[int] | None = None,
-        limit: int = OUTPUT_LIMIT,
-    ) -> Answer:  # fmt: skip
-        """Starts a command in the background; it goes on whoever leaves."""
-        box = self._box(id)
-        options = await self._options(box, user, env, cwd)
-        size = (tty[0], tty[1]) if tty else None
-        args = {"command": command, "cwd": cwd, "env": env, "user": user}
-
-        async def act(step: int) -> Answer:
-            started = box.start(command, timeout, 0, stdin=stdin, tty=size, limit=limit, **options)
-            return {"command": started.id}
-
-        return await self._logged(box, "commands.start", args, act)
-
-    async def _run(
-        self, id: str, command: str | list[str], cwd: str | None = None, env: dict[str, str] | None = None,
-        user: str | None = None, timeout: float | None = 60, limit: int = OUTPUT_LIMIT, idempotent: bool = False,
-        on_unknown: Literal["retry", "fail", "restore_then_retry"] = "fail", input: str | None = None,
-    ) -> AsyncIterator[tuple[str, bytes]]:  # fmt: skip
-        """A command from start to end: its events. With a trajectory the result is durable before it is told."""
-        box = self._box(id)
-        running: asyncio.Future[Command] = asyncio.get_running_loop().create_future()
-
-        async def act(step: int) -> Answer:
-            options = await self._options(box, user, env, cwd)
-            started = box.start(command, timeout, step, limit=limit, stdin=input is not None, **options)
-            if input is not None and started.process is not None:
-                started.process.send(base64.b64decode(input))
-                started.process.close_stdin()
-            running.set_result(started)
-            return (await asyncio.shield(started.result)).as_dict()
-
-        args = {"command": command, "cwd": cwd, "env": env, "user": user, "input": input}
-        work = self._task(self._logged(box, "commands.run", args, act, idempotent, on_unknown))  # goes on without us
-        work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait([work, running], return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            async for event in running.result().events():
-                yield event
-        result = await asyncio.shield(work)
-        if result.get("replayed"):
-            for name in ("stdout", "stderr"):
-                if result[name]:
-                    yield name, result[name].encode()
-        elif box.trajectory is not None and running.result().id in box.commands:
-            box.forget(running.result())  # the log has it
-        yield "result", json.dumps(result).encode()
-
-    async def _follow(self, command: Command) -> AsyncIterator[tuple[str, bytes]]:
-        async for event in command.events():
-            yield event
-        yield "result", json.dumps((await asyncio.shield(command.result)).as_dict()).encode()
-
-    async def op_commands_run(self, **args: Any) -> Record:
-        """Without streaming: the result alone."""
-        async for kind, data in self._run(**args):
-            if kind == "result":
-                return CommandResult(**json.loads(data))
-        raise AssertionError("a run ends with a result")
-
-    async def op_commands_list(self, id: str) -> Answer:
-        return {"commands": [command.as_dict() for command in self._box(id).commands.values()]}
-
-    async def op_commands_kill(self, id: str, command: int, signal: int = signal.SIGKILL) -> Answer:
-        found = self._box(id).command(command)
-        if found.result.done() or found.process is None:
-            return {"killed": False}
-        found.process.signal(signal)
-        return {"killed": True}
-
-    async def op_commands_send_stdin(self, id: str, command: int, close: bool = False, data: bytes = b"") -> None:
-        process = self._box(id).command(command).process
-        assert process is not None
-        process.send(data)
-        if close:
-            process.close_stdin()
-        await self._box(id).alive().agent.drained()
-
-    async def op_commands_resize(self, id: str, command: int, rows: int, columns: int) -> None:
-        process = self._box(id).command(command).process
-        assert process is not None
-        process.resize(rows, columns)

@@ -32,6 +32,14 @@ def message(head: dict[str, Any], data: bytes = b"") -> bytes:
     return HEAD.pack(len(text), len(data)) + text + data
 
 
+def beside(args: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Arguments as they travel: a stream's standard input, "input", goes as bytes beside the JSON."""
+    data = args.get("input")
+    if not isinstance(data, bytes):
+        return args, b""
+    return {name: value for name, value in args.items() if name != "input"}, data
+
+
 async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
     """The next message; raises IncompleteReadError at the end and InvalidRequest for nonsense."""
     head, data = HEAD.unpack(await reader.readexactly(HEAD.size))
@@ -87,6 +95,7 @@ class Server:
                 writer.write(message({"id": id, "result": {}}))
                 self.over.set()
             elif head.get("stream"):
+                args |= {"input": data} if data else {}
                 async for kind, piece in self.edge.stream(op, args):
                     writer.write(message({"id": id, "event": kind}, piece))
                     await writer.drain()

@@ -48,6 +48,7 @@ struct proc {
     int in, out[2], tty, shut, streaming, exited, done, forgotten, code, sig;
     size_t limit;
     double started, seconds;
+    unsigned long long ticks; /* since boot, as /proc tells of processes */
     struct buf stdin_left;
     struct keep kept[2];
 };
@@ -169,7 +170,13 @@ static struct proc *find(uint32_t id) {
     return NULL;
 }
 
+static void taken(struct proc *p, size_t n) { /* so many bytes of standard input are gone: the host may send as many more */
+    uint32_t count = n;
+    if (n && p->streaming) reply('i', p->id, &count, 4);
+}
+
 static void shut_stdin(struct proc *p) {
+    taken(p, p->stdin_left.n);
     if (p->in >= 0 && !p->tty) close(p->in);
     p->in = -1;
     cut(&p->stdin_left, p->stdin_left.n);
@@ -178,7 +185,7 @@ static void shut_stdin(struct proc *p) {
 static void feed(struct proc *p) { /* standard input, as much as its pipe takes */
     while (p->in >= 0 && p->stdin_left.n) {
         ssize_t n = write(p->in, p->stdin_left.p, p->stdin_left.n);
-        if (n > 0) cut(&p->stdin_left, n);
+        if (n > 0) { cut(&p->stdin_left, n); taken(p, n); }
         else if (n < 0 && errno == EAGAIN) return;
         else { shut_stdin(p); return; }
     }
@@ -222,6 +229,56 @@ static void sweep(void) { /* frees commands that are done, forgotten and silent 
             for (int i = 0; i < 2; i++) free(p->kept[i].head.p), free(p->kept[i].tail.p);
             free(p);
         } else at = &p->next;
+}
+
+/* All that a command started: what descends from it, its session, and orphans (they are ours) younger than it that are no
+ * other command. An orphan of another command that runs beside it cannot be told apart, and goes too. */
+
+enum { PROCESSES = 4096, ROUNDS = 40 };
+
+static int doomed(struct proc *p) { /* SIGKILL to each -> how many */
+    static struct { int pid, parent, session, dead, hit; unsigned long long start; } all[PROCESSES];
+    int count = 0, hits = 0, found = 1;
+    DIR *dir = opendir("/proc");
+    for (struct dirent *e; dir && count < PROCESSES && (e = readdir(dir));) {
+        char path[64], text[1024], state, *rest;
+        int pid = atoi(e->d_name), fd, n;
+        if (pid <= 0) continue;
+        snprintf(path, sizeof path, "/proc/%d/stat", pid);
+        if ((fd = open(path, O_RDONLY | O_CLOEXEC)) < 0) continue;
+        n = read(fd, text, sizeof text - 1);
+        close(fd);
+        text[n > 0 ? n : 0] = 0;
+        if (!(rest = strrchr(text, ')'))) continue; /* a name may hold anything, but nothing behind it does */
+        all[count].pid = pid, all[count].hit = 0;
+        if (sscanf(rest + 1, " %c %d %*d %d %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu", &state,
+                   &all[count].parent, &all[count].session, &all[count].start) == 4)
+            all[count++].dead = state == 'Z' || state == 'X';
+    }
+    if (dir) closedir(dir);
+    for (int i = 0; i < count; i++) {
+        int known = all[i].pid == getpid();
+        for (struct proc *q = procs; q; q = q->next) known = known || (q->pid == all[i].pid && !q->exited && q != p);
+        if (known) all[i].dead = 1;
+        else all[i].hit = all[i].pid == p->pid || all[i].session == p->pid || (all[i].parent == getpid() && all[i].start >= p->ticks);
+    }
+    while (found) {
+        found = 0;
+        for (int i = 0; i < count; i++)
+            for (int k = 0; k < count && !all[i].hit; k++)
+                if (all[k].hit && all[i].parent == all[k].pid) all[i].hit = found = 1;
+    }
+    for (int i = 0; i < count; i++)
+        if (all[i].hit && !all[i].dead && !kill(all[i].pid, SIGKILL)) hits++;
+    return hits;
+}
+
+static void kill_tree(struct proc *p) {
+    for (int k = 0; k < ROUNDS; k++) { /* each round meets what was forked during the one before */
+        if (!doomed(p)) return;
+        usleep(2000);
+    }
+    kill(-1, SIGKILL); /* it forks faster than it can be told from the others */
 }
 
 static void no_capabilities(void) {
@@ -297,6 +354,8 @@ static void start(uint32_t id, char *data, size_t n) {
     }
     if (pipe2(report, O_CLOEXEC)) { error = errno; goto out; }
     double started = now();
+    struct timespec boot;
+    clock_gettime(CLOCK_BOOTTIME, &boot);
     pid_t pid = fork();
     if (!pid) {
         int why = child(&r, fds, *slave ? slave : NULL);
@@ -311,7 +370,8 @@ static void start(uint32_t id, char *data, size_t n) {
     struct proc *p = calloc(1, sizeof *p);
     if (!p) die("memory");
     *p = (struct proc){.next = procs, .id = id, .step = r.step, .pid = pid, .tty = !!r.tty, .streaming = 1, .limit = r.limit,
-                       .started = started, .in = r.tty ? master : pipes[0][1], .out = {r.tty ? master : pipes[1][0], r.tty ? -1 : pipes[2][0]}};
+                       .started = started, .ticks = boot.tv_sec * sysconf(_SC_CLK_TCK) + boot.tv_nsec / (1000000000 / sysconf(_SC_CLK_TCK)),
+                       .in = r.tty ? master : pipes[0][1], .out = {r.tty ? master : pipes[1][0], r.tty ? -1 : pipes[2][0]}};
     procs = p;
     master = pipes[0][1] = pipes[1][0] = pipes[2][0] = -1;
 out:
@@ -464,6 +524,7 @@ static int take(char kind, uint32_t id, char *data, size_t n) { /* 0 when the fr
     else if (strchr("NTteca", kind)) return stream_take(kind, id, data, n);
     else if (kind == 'Q') journal(id);
     else if (kind == 'S' && n == 1) { if (!id) kill(-1, data[0]); else if (p && !p->exited) kill(-p->pid, data[0]); }
+    else if (kind == 'K' && !n) { if (p && !p->exited) kill_tree(p); }
     else if (kind == 'B') {
         if (!p) { refuse(id, ESRCH, "command"); return 1; }
         p->streaming = 1;
@@ -472,6 +533,7 @@ static int take(char kind, uint32_t id, char *data, size_t n) { /* 0 when the fr
     } else if (!strchr("ICRZ", kind)) return 0;
     else if (!p) return 1; /* it ended while the host wrote */
     else if (kind == 'I' && p->in >= 0) { put(&p->stdin_left, data, n); feed(p); }
+    else if (kind == 'I') taken(p, n);
     else if (kind == 'C') { p->shut = 1; if (p->tty && p->in >= 0) put(&p->stdin_left, "\4", 1); feed(p); }
     else if (kind == 'R' && n == 4 && p->tty && p->in >= 0) {
         struct winsize size = {0};

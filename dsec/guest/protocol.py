@@ -4,13 +4,15 @@ A frame is u32 length of the rest (little-endian, 5 .. 1 MiB), u8 kind, u32 id, 
 key NUL value NUL, so that neither side needs a parser that could be fooled. Host to guest:
 
     X exec: arg* or shell, env*, cwd, uid, gid, step, limit, stdin=1, tty=rows cols     B send again what is kept of id
-    I stdin    C close stdin    S signal (u8; id 0: every process)    R resize (u16 rows, u16 columns)
+    I stdin    C close stdin    K kill id and all it started
+    S signal (u8; id 0: every process)    R resize (u16 rows, u16 columns)
     Z forget id    P ping    Q journal
     r read: path offset size    w write: u16 length, (path mode append make), bytes    l list: path    s stat: path
     d delete: path    m rename: path to    k make folder: path    N T t e c a: streams of bytes (streams.py)
 
-Guest to host: H hello (version), O stdout, E stderr, D done (code signal seconds out err: bytes dropped), F refused
-(errno, text), p pong, J journal (records that begin with id), A answer of a file operation, o t e c a: streams.
+Guest to host: H hello (version), O stdout, E stderr, i (u32: bytes of stdin read), D done (code signal seconds out err:
+bytes dropped), F refused (errno, text), p pong, J journal (records that begin with id), A answer of a file operation,
+o t e c a: streams.
 
 The agent keeps the exit and the capped output of every command until Z, so a host process that died and came back
 asks Q, then B for what it wants. The newest connection wins; an older one is closed.
@@ -35,6 +37,8 @@ VERSION = 1
 MAX_FRAME = 1 << 20
 CHUNK = 512 * 1024
 """Bytes a read or write moves per frame."""
+WINDOW, PIECE = 1 << 18, 1 << 16
+"""Bytes of a command's standard input that may be under way, and those of one frame."""
 OUTPUT_LIMIT = 1 << 20
 """Default cap of each output stream, half of it head and half tail."""
 MAGIC = b"\x93dsec\x1fopen\xe7\x0a\x5b\xc2\x80\0"
@@ -132,11 +136,33 @@ class Process:
         self.done.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be waiting
         self._agent, self._on_output = agent, on_output
         self._room = {b"O": limit + 64, b"E": limit + 64}
+        self._under_way = 0
+        self._taken = asyncio.Event()
+        self.done.add_done_callback(lambda done: self._taken.set())
 
     def send(self, data: bytes) -> None:
         """Bytes for its standard input."""
         for at in range(0, len(data), CHUNK):
             self._agent.send(b"I", self.id, data[at : at + CHUNK])
+
+    async def feed(self, data: bytes) -> None:
+        """The same for any amount: never more than WINDOW that the command has not read. Returns when all is sent, or
+        the command has ended; raises SandboxFailed when the connection has."""
+        view = memoryview(data)
+        while view and not self.done.done():
+            if self._under_way >= WINDOW:
+                self._taken.clear()
+                await self._taken.wait()
+                continue
+            piece, view = view[:PIECE], view[PIECE:]
+            self._under_way += len(piece)
+            self._agent.send(b"I", self.id, bytes(piece))
+
+    def _took(self, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise SandboxFailed(f"an acknowledgement of {len(payload)} bytes")
+        self._under_way = max(0, self._under_way - int.from_bytes(payload, "little"))
+        self._taken.set()
 
     def close_stdin(self) -> None:
         self._agent.send(b"C", self.id)
@@ -144,6 +170,10 @@ class Process:
     def signal(self, number: int) -> None:
         """To the command's whole process group."""
         self._agent.send(b"S", self.id, bytes((number,)))
+
+    def kill(self) -> None:
+        """SIGKILL to all that it started, also what left its process group or session; other commands go on."""
+        self._agent.send(b"K", self.id)
 
     def resize(self, rows: int, columns: int) -> None:
         self._agent.send(b"R", self.id, struct.pack("<HH", rows, columns))
@@ -222,6 +252,9 @@ class Agent(asyncio.Protocol):
     def _take(self, kind: bytes, id: int, payload: bytes) -> None:
         if kind in (b"O", b"E") and id in self._processes:
             self._processes[id]._output(kind, payload)
+        elif kind == b"i":
+            if id in self._processes:
+                self._processes[id]._took(payload)
         elif kind == b"D" and id in self._processes:
             result = _exit(dict(parse(payload)))
             done = self._processes.pop(id).done

@@ -293,7 +293,7 @@ class GuestAgent(Agent):
 
     def send(self, kind: bytes, id: int, payload: bytes = b"") -> None:
         super().send(kind, id, payload)
-        if kind == b"S" and payload == b"\x09" and id in self._processes:
+        if (kind == b"K" or (kind == b"S" and payload == b"\x09")) and id in self._processes:
             asyncio.get_running_loop().call_later(HANG, self._check, self._processes[id])
 
     def _check(self, process: Process) -> None:

@@ -41,6 +41,8 @@ def test_the_sdk_works_the_same_over_http(cluster: Cluster) -> None:
         assert await box.files.read("/tmp/f") == "text"
         again = await AsyncSandbox.connect(box.id, transport=transport)
         assert (await again.commands.run("cat /tmp/f")).stdout == "text"
+        given = b"x" * (20 << 20)  # more than a JSON head may hold
+        assert int((await again.commands.run("wc -c", stdin=given)).stdout) == len(given)
         assert await box.kill() and not await box.is_running()
 
     play(cluster, work)

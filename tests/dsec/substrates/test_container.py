@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import subprocess
@@ -291,3 +292,63 @@ def test_a_sandbox_whose_agent_is_killed_fails_with_a_reason(root_host: Host) ->
     while box.is_running() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not box.is_running()
+
+
+DAEMON = """
+import os, sys, time
+def away(name, *, session):
+    if os.fork(): return
+    if session: os.setsid()
+    if os.fork(): os._exit(0)
+    for number in range(1, 32):
+        try: __import__("signal").signal(number, __import__("signal").SIG_IGN)
+        except OSError: pass
+    while True:
+        open("/tmp/beat-" + name, "a").write("x"); time.sleep(0.02)
+away(sys.argv[1] + "-session", session=True)
+away(sys.argv[1] + "-group", session=False)
+if sys.argv[1] == "late": time.sleep(60)
+"""
+
+
+def beating(box: Any) -> set[str]:
+    """Which daemons still write."""
+    sizes = "for f in /tmp/beat-*; do echo $f $(stat -c %s $f); done"
+    before = set(box.commands.run(sizes).stdout.splitlines())
+    time.sleep(0.3)
+    after = set(box.commands.run(sizes).stdout.splitlines())
+    return {line.split()[0].removeprefix("/tmp/beat-") for line in after - before}
+
+
+def test_a_command_past_its_time_takes_along_all_it_started_and_nothing_else(box: Any) -> None:
+    """Double-forked, in sessions of their own, deaf to signals: dead within a second. Daemons of an earlier command,
+    other commands and the sandbox live on."""
+    box.files.write("daemon.py", DAEMON)
+    box.commands.run("python3 daemon.py early")
+    other = box.commands.run("sleep 2; echo fine", background=True)
+    time.sleep(0.3)
+    start = time.monotonic()
+    with pytest.raises(Timeout):
+        box.commands.run("setsid sleep 77 & python3 daemon.py late", timeout=0.6)
+    assert time.monotonic() - start < 1.6
+    assert beating(box) == {"early-session", "early-group"}
+    assert box.commands.run("pgrep -f 'sleep 7[7]'", check=False).exit_code == 1
+    assert other.wait().stdout == "fine\n"
+
+
+def test_standard_input_of_any_size(host: Host) -> None:
+    """50 MiB in windows into 64 MiB of memory; a command that does not read stops nobody."""
+    data = os.urandom(1 << 20) * 50
+    with host.create(timeout=120, memory=64, disk=16) as box:
+        want = hashlib.sha256(data).hexdigest()
+        assert box.commands.run("sha256sum", stdin=data).stdout.split()[0] == want
+        assert box.commands.run("head -c 5", stdin=data).stdout == data[:5].decode("utf-8", "replace")
+        deaf = box.commands.run("exec 0<&-; sleep 0.2; echo closed", stdin=data)
+        assert deaf.stdout == "closed\n"
+        with pytest.raises(Timeout):
+            box.commands.run("sleep 30", stdin=data, timeout=0.5)
+        handle = box.commands.run("sleep 0.3; sha256sum", background=True, stdin=data)
+        assert handle.wait().stdout.split()[0] == want
+        assert box.commands.run("cat", stdin="").stdout == ""
+        assert box.get_metrics().oom_kills == 0
+        assert box.commands.run("echo alive").stdout == "alive\n"
