@@ -134,6 +134,8 @@ class Node:
         may outlive the lease either: the next one is due long before (2 * renew <= fence)."""
         self.member.notes = {"log_lag": await asyncio.to_thread(self._commit_time)}
         doomed = await asyncio.to_thread(self.member.heartbeat, pressure())
+        if not doomed and self.member.lease.left() <= 0:  # it ended after the heartbeat had looked
+            doomed = list(self.member.running)
         if doomed or self.member.lease.left() <= 0:
             await self._destroy(dict.fromkeys(doomed, "lost"))
             await asyncio.to_thread(self.member.join)

@@ -94,6 +94,8 @@ class MicroVMSubstrate:
             return Probe(False, str(error) or "no answer", qemu.FIX)
 
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> VirtualMachine:
+        if spec.runtime:
+            raise InvalidRequest(f'a {self.name} has one runtime, QEMU: runtime="", not {spec.runtime!r}')
         point = await self._opened(snapshot) if snapshot is not None else await self._template(spec)
         await asyncio.to_thread(point.load)
         group = self._claim(point.memory, spec.cpu)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +13,11 @@ from dsec.cluster.clock import VirtualClock
 from dsec.cluster.errors import StoreUnavailable
 from dsec.cluster.leases import Lease, Terms
 from dsec.cluster.member import Member
+from dsec.cluster.node import Node
 from dsec.cluster.players import FlakyDatabase
 from dsec.cluster.store import Budget, Edge, Project, Row, Store
 from dsec.cluster.watcher import Watcher
+from dsec.edge.edge import Edge as HostEdge
 from dsec.errors import Capacity, Fenced
 
 TERMS = Terms()
@@ -112,6 +117,30 @@ def test_a_renewal_that_hangs_past_the_lease_and_fails_ends_everything(
     assert small.member.heartbeat() == ["a"]
     with pytest.raises(Fenced):
         small.member.lease.check()
+
+
+def test_a_lease_that_ends_right_after_its_heartbeat_ends_everything(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small.member.admit(small.row("a"))
+    node = Node(HostEdge(tmp_path), small.store, small.member.lease.edge)
+    node.member, destroy, heartbeat = small.member, node._destroy, small.member.heartbeat
+    destroyed: dict[str, str] = {}
+
+    def late(pressure: float) -> list[str]:
+        doomed = heartbeat(pressure)
+        small.clock.time += TERMS.fence + 5
+        return doomed
+
+    async def seen(ids: Mapping[str, str]) -> None:
+        destroyed.update(ids)
+        await destroy(ids)
+
+    monkeypatch.setattr(small.member, "heartbeat", late)
+    monkeypatch.setattr(node, "_destroy", seen)
+    asyncio.run(node._beat())
+    assert destroyed == {"a": "lost"} and not small.member.running
+    small.member.lease.check()
 
 
 def test_a_new_watcher_waits_before_it_judges(small: Small) -> None:

@@ -218,3 +218,8 @@ def test_killing_qemu_is_seen(bench: Bench) -> None:
         await machine.destroy()
 
     bench.run(work())
+
+
+def test_a_runtime_it_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="a microvm has one runtime, QEMU"):
+        asyncio.run(MicroVMSubstrate(tmp_path).create("m", SPEC.but(runtime="firecracker"), tmp_path))
