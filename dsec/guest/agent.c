@@ -6,7 +6,7 @@
  *                                  is echoed
  *
  * --drop: commands get no capability and no way back to one (containers; in a machine root stays root). --wall:
- * nothing outside the folder can be opened (landlock.h). --filter: the system call filter, where who started us had none.
+ * nothing outside the folder can be opened (walls.h). --filter: the system call filter, where who started us had none.
  * What it runs is hostile, so it trusts no file of the sandbox; what it answers is not believed by the host either. */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -231,64 +231,8 @@ static void sweep(void) { /* frees commands that are done, forgotten and silent 
         } else at = &p->next;
 }
 
-/* All that a command started: what descends from it, its session, and orphans (they are ours) younger than it that are no
- * other command. An orphan of another command that runs beside it cannot be told apart, and goes too. */
-
-enum { PROCESSES = 4096, ROUNDS = 40 };
-
-static int doomed(struct proc *p) { /* SIGKILL to each -> how many */
-    static struct { int pid, parent, session, dead, hit; unsigned long long start; } all[PROCESSES];
-    int count = 0, hits = 0, found = 1;
-    DIR *dir = opendir("/proc");
-    for (struct dirent *e; dir && count < PROCESSES && (e = readdir(dir));) {
-        char path[64], text[1024], state, *rest;
-        int pid = atoi(e->d_name), fd, n;
-        if (pid <= 0) continue;
-        snprintf(path, sizeof path, "/proc/%d/stat", pid);
-        if ((fd = open(path, O_RDONLY | O_CLOEXEC)) < 0) continue;
-        n = read(fd, text, sizeof text - 1);
-        close(fd);
-        text[n > 0 ? n : 0] = 0;
-        if (!(rest = strrchr(text, ')'))) continue; /* a name may hold anything, but nothing behind it does */
-        all[count].pid = pid, all[count].hit = 0;
-        if (sscanf(rest + 1, " %c %d %*d %d %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu", &state,
-                   &all[count].parent, &all[count].session, &all[count].start) == 4)
-            all[count++].dead = state == 'Z' || state == 'X';
-    }
-    if (dir) closedir(dir);
-    for (int i = 0; i < count; i++) {
-        int known = all[i].pid == getpid();
-        for (struct proc *q = procs; q; q = q->next) known = known || (q->pid == all[i].pid && !q->exited && q != p);
-        if (known) all[i].dead = 1;
-        else all[i].hit = all[i].pid == p->pid || all[i].session == p->pid || (all[i].parent == getpid() && all[i].start >= p->ticks);
-    }
-    while (found) {
-        found = 0;
-        for (int i = 0; i < count; i++)
-            for (int k = 0; k < count && !all[i].hit; k++)
-                if (all[k].hit && all[i].parent == all[k].pid) all[i].hit = found = 1;
-    }
-    for (int i = 0; i < count; i++)
-        if (all[i].hit && !all[i].dead && !kill(all[i].pid, SIGKILL)) hits++;
-    return hits;
-}
-
-static void kill_tree(struct proc *p) {
-    for (int k = 0; k < ROUNDS; k++) { /* each round meets what was forked during the one before */
-        if (!doomed(p)) return;
-        usleep(2000);
-    }
-    kill(-1, SIGKILL); /* it forks faster than it can be told from the others */
-}
-
-static void no_capabilities(void) {
-    struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct none[2] = {{0}};
-    for (int cap = 0; cap < 64; cap++) prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
-    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-    if (syscall(SYS_capset, &head, none)) _exit(127);
-}
+#include "tree.h"
+#include "walls.h"
 
 struct request { char **argv, **env; int argc, envc, stdin_open; const char *cwd, *shell, *tty; long uid, gid, step, limit; };
 
@@ -543,14 +487,28 @@ static int take(char kind, uint32_t id, char *data, size_t n) { /* 0 when the fr
     return 1;
 }
 
+static int frames(size_t end) { /* takes the whole ones of the first `end` bytes; 0 after nonsense */
+    size_t at = 0;
+    while (end - at >= 9) {
+        uint32_t length, id;
+        memcpy(&length, in.p + at, 4); memcpy(&id, in.p + at + 5, 4);
+        if (length < 5 || length > MAX_FRAME) return 0;
+        if (end - at < 4 + (size_t)length) break;
+        if (!take(in.p[at + 4], id, in.p + at + 9, length - 5)) return 0;
+        at += 4 + length;
+    }
+    if (at) cut(&in, at);
+    return 1;
+}
+
 static void receive(void) {
-    char data[PIECE];
+    char data[PIECE], *open_;
     ssize_t n = read(conn, data, sizeof data);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (n <= 0) { hang_up(); if (device) usleep(20000); return; }
     put(&in, data, n);
-    char *open_ = device ? memmem(in.p, in.n, MAGIC, sizeof MAGIC) : NULL;
-    if (open_) {
+    while (device && (open_ = memmem(in.p, in.n, MAGIC, sizeof MAGIC))) { /* first what was asked by a host that died since */
+        if (frames(open_ - in.p)) open_ = memmem(in.p, in.n, MAGIC, sizeof MAGIC);
         size_t end = open_ + sizeof MAGIC - in.p;
         struct buf rest = {0};
         put(&rest, in.p + end, in.n - end);
@@ -558,27 +516,7 @@ static void receive(void) {
         in = rest;
         greet();
     }
-    size_t at = 0;
-    while (in.n - at >= 9) {
-        uint32_t length, id;
-        memcpy(&length, in.p + at, 4); memcpy(&id, in.p + at + 5, 4);
-        if (length < 5 || length > MAX_FRAME) { hang_up(); return; }
-        if (in.n - at < 4 + (size_t)length) break;
-        if (!take(in.p[at + 4], id, in.p + at + 9, length - 5)) { hang_up(); return; }
-        at += 4 + length;
-    }
-    if (at) cut(&in, at);
-}
-
-#include "landlock.h"
-
-static void put_on_filter(const char *path) {
-    static struct sock_filter code[4096];
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, code, sizeof code);
-    struct sock_fprog program = {n / sizeof *code, code};
-    if (n <= 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program)) die(path);
-    close(fd);
+    if (!frames(in.n)) hang_up();
 }
 
 int main(int argc, char **argv) {
@@ -595,7 +533,7 @@ int main(int argc, char **argv) {
         fcntl(conn, F_SETFL, O_RDWR | O_NONBLOCK);
         struct termios raw;
         if (!tcgetattr(conn, &raw)) { cfmakeraw(&raw); tcsetattr(conn, TCSANOW, &raw); }
-        greet();
+        if (strcmp(device_path, "-")) greet(); /* behind relay.c a session is answered once, when it is opened */
     } else if (listener < 0 || fcntl(listener, F_SETFD, FD_CLOEXEC)) die("listener");
     else fcntl(listener, F_SETFL, O_NONBLOCK);
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);

@@ -1,6 +1,7 @@
 /* Stands between the host and an agent that can only be given its standard input (gVisor's): keeps the listening socket, so
  * that a host process that died can come back, and passes bytes between the newest connection and the agent, as QEMU does
- * for a machine's port.
+ * for a machine's port. A session, which MAGIC opens, is answered before the next connection is taken: else the answer to
+ * a host that died would be read by its successor, as that of its own.
  *
  *   relay LISTENER PROGRAM ARG...     PROGRAM gets a socket as its standard input; its end is ours */
 #define _GNU_SOURCE
@@ -16,6 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+static const char MAGIC[] = "\x93""dsec\x1f""open\xe7\x0a\x5b\xc2\x80"; /* 16 bytes with the final NUL; the first is in it once */
 struct way { char data[1 << 16]; size_t at, end; };
 
 static void die(const char *what) { dprintf(2, "relay: %s: %s\n", what, strerror(errno)); _exit(125); }
@@ -32,9 +34,20 @@ static int drain(struct way *w, int fd) {
     return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
 }
 
+static int echoed(const struct way *w) { /* whether MAGIC ends in what came */
+    static size_t same;
+    int found = 0;
+    for (size_t i = w->at; i < w->end; i++) {
+        same = w->data[i] == MAGIC[same] ? same + 1 : w->data[i] == MAGIC[0];
+        if (same == sizeof MAGIC) same = 0, found = 1;
+    }
+    return found;
+}
+
 int main(int argc, char **argv) {
     static struct way in, out;
-    int pair[2], listener = argc > 2 ? atoi(argv[1]) : -1, conn = -1, status;
+    int pair[2], listener = argc > 2 ? atoi(argv[1]) : -1, conn = -1, owed = 0, status;
+    size_t told = 0; /* bytes that the connection has sent */
     if (listener < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair)) die("usage: relay LISTENER PROGRAM");
     fcntl(listener, F_SETFD, FD_CLOEXEC);
     pid_t pid = fork();
@@ -51,23 +64,26 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     for (;;) {
         int more = in.at == in.end, room = out.at == out.end;
-        struct pollfd fds[3] = {{listener, POLLIN, 0}, {conn, (more ? POLLIN : 0) | (room ? 0 : POLLOUT), 0}, {pair[0], (room ? POLLIN : 0) | (more ? 0 : POLLOUT), 0}};
-        if (poll(fds, 3, -1) < 0 && errno != EINTR) die("poll");
+        struct pollfd fds[3] = {{owed || !more ? -1 : listener, POLLIN, 0}, {more || !room ? conn : -1, (more ? POLLIN : 0) | (room ? 0 : POLLOUT), 0}, {pair[0], (room ? POLLIN : 0) | (more ? 0 : POLLOUT), 0}};
+        if (poll(fds, 3, -1) < 0) { if (errno != EINTR) die("poll"); continue; }
         if (fds[2].revents) {
             if (fds[2].revents & POLLOUT && !more && !drain(&in, pair[0])) break;
-            if (room && fds[2].revents & (POLLIN | POLLHUP | POLLERR) && !fill(&out, pair[0])) break;
-            if (conn < 0) out.at = out.end; /* nobody listens: what is said is lost, as on a serial line */
+            if (room && fds[2].revents & (POLLIN | POLLHUP | POLLERR)) {
+                if (!fill(&out, pair[0])) break;
+                if (echoed(&out)) owed = 0;
+                if (conn < 0) out.at = out.end; /* nobody listens: what is said is lost, as on a serial line */
+            }
         }
         if (conn >= 0 && fds[1].revents) {
-            int good = 1;
-            if (fds[1].revents & POLLOUT && out.at < out.end) good = drain(&out, conn);
-            if (good && in.at == in.end && fds[1].revents & (POLLIN | POLLHUP | POLLERR)) good = fill(&in, conn);
-            else if (fds[1].revents & (POLLHUP | POLLERR)) good = 0;
-            if (!good) { close(conn); conn = -1; out.at = out.end; }
+            if (out.at < out.end && !drain(&out, conn)) out.at = out.end; /* what it said before it died still counts */
+            if (more && fds[1].revents & (POLLIN | POLLHUP | POLLERR)) {
+                if (!fill(&in, conn)) { close(conn); conn = -1; out.at = out.end; }
+                else if (told < sizeof MAGIC && (told += in.end - in.at) >= sizeof MAGIC) owed = 1;
+            }
         }
-        if (fds[0].revents) {
+        if (fds[0].revents && !owed && !(conn >= 0 && fds[1].revents & POLLHUP)) {
             int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-            if (fd >= 0) { if (conn >= 0) close(conn); conn = fd; out.at = out.end; }
+            if (fd >= 0) { if (conn >= 0) close(conn); conn = fd; told = 0; out.at = out.end; }
         }
     }
     while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {}

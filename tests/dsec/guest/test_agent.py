@@ -219,6 +219,33 @@ def test_a_new_connection_finds_what_the_old_one_left(serve: Any) -> None:
     serve(body)
 
 
+@pytest.mark.parametrize("wait", [0.0, 0.4])
+def test_a_host_may_die_before_an_agent_behind_the_relay_is_up(binary: Path, tmp_path: Path, wait: float) -> None:
+    """What it had asked for is done, and its successor is answered as itself: once, after its own opening."""
+    relay = build.program(Path(build.__file__).with_name("relay.c"), tmp_path)
+    slow = ["/bin/sh", "-c", f"sleep 0.3; exec {binary} --device -"]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "agent.sock"))
+        listener.listen()
+        fd = listener.fileno()
+        process = subprocess.Popen([relay, str(fd), *slow], pass_fds=[fd], env={"HOME": str(tmp_path)})
+
+    async def main() -> None:
+        for step in (1, 2, 3, 4):
+            agent = await Agent.connect(tmp_path / "agent.sock", serial=True)
+            entries = await asyncio.wait_for(agent.journal(), 10) if step > 1 else []
+            assert [entry.step for entry in entries] == list(range(step - 1, 0, -1))
+            agent.exec("sleep 9", Out(), env=ENV, step=step)
+            await asyncio.sleep(wait)
+            agent.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_the_newest_connection_wins(serve: Any) -> None:
     async def body(agent: Agent, connect: Callable[[], Awaitable[Agent]]) -> None:
         await agent.ping()
