@@ -68,7 +68,7 @@ class Bare:
     async def agent(self) -> Agent:
         while True:
             with socket.socket(socket.AF_UNIX) as trial:
-                if trial.connect_ex(str(self.folder / "qmp")) == 0:
+                if trial.connect_ex(str(self.folder / "qmp")) == 0 and (self.folder / "agent").exists():
                     break
             await asyncio.sleep(0.002)
         return await Agent.connect(self.folder / "agent", serial=True)
