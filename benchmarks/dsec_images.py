@@ -1,8 +1,10 @@
 """How soon an image that is not here runs its first command, and how much of it that fetches.
 
-    python benchmarks/dsec_images.py [--image python] [--command "python -c pass"] [--rounds 5] [--busy-ok]
+    python benchmarks/dsec_images.py [--image here] [--command "/usr/bin/python3 -c pass"] [--rounds 5] [--busy-ok]
 
-Needs root, and the image (built on first use). It is pushed to a folder; each round is a fresh host that mounts it on
+Needs root. The image "here" is made of this machine's own files: its Python with all it loads, and beside it other
+programs and libraries up to `--mib`. Any other image is one of `dsec image` (python and debian are built on first use,
+which needs mmdebstrap). It is pushed to a folder; each round is a fresh host that mounts it on
 demand with `--latency` seconds added to every chunk: once knowing the recorded start trace, once without. Peers in the
 same run: the same layer mounted from a whole file (warm), and fetching everything first, as a registry's pull does.
 Bars: the first command fetches at most 25 % of the bytes and takes at most 3 times the warm time; a full read takes at
@@ -12,6 +14,7 @@ most twice the plain one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -21,12 +24,50 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from dsec.guest.build import home
 from dsec.images import lazy
 from dsec.images.debian import ensure
 from dsec.images.layers import Images
+
+
+@contextlib.contextmanager
+def unmounted(folder: str) -> Iterator[None]:
+    """Nothing stays mounted below a folder, also after a failure."""
+    try:
+        yield
+    finally:
+        for line in reversed(Path("/proc/mounts").read_text().splitlines()):
+            if (target := line.split()[1]).startswith(folder):
+                subprocess.run(["umount", "-l", target], check=False)
+
+
+def gather(target: Path, mib: int) -> None:
+    """A root folder of this machine's own files: the system's Python, what it loads, and others until it is full."""
+    python = Path("/usr/bin/python3").resolve()
+    asked = "import sysconfig; print(sysconfig.get_path('stdlib'))"
+    library = Path(subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip())
+    linked = subprocess.run(["ldd", python], capture_output=True, text=True, check=True).stdout
+    needed = [python, *(Path(word).resolve() for word in linked.split() if word.startswith("/"))]
+    folders = (library, Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/bin"))
+    others = [path for folder in folders for path in folder.rglob("*")]
+    left = mib << 20
+    for path in [*needed, *others]:
+        copy = target / path.relative_to("/")
+        if copy.exists() or not path.is_file() or path.is_symlink() or path.stat().st_size > left:
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+        left -= path.stat().st_size
+    for word in (Path("/usr/bin/python3"), *(Path(word) for word in linked.split() if word.startswith("/"))):
+        link = target / word.parent.resolve().relative_to("/") / word.name
+        if not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(word.resolve(), word.parent.resolve()))
+    for name in ("bin", "lib", "lib64"):
+        (target / name).symlink_to(f"usr/{name}")
 
 
 def timed(root: Path, command: list[str]) -> float:
@@ -72,8 +113,9 @@ def status(images: Images, digest: str) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", default="python")
-    parser.add_argument("--command", default="python -c pass")
+    parser.add_argument("--image", default="here")
+    parser.add_argument("--mib", type=int, default=200, help="size of the image made of this machine's files")
+    parser.add_argument("--command", default="/usr/bin/python3 -c pass")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latency", type=float, default=0.001, help="seconds added to each chunk")
     parser.add_argument("--busy-ok", action="store_true", help="measure although the machine is busy")
@@ -81,18 +123,21 @@ def main() -> None:
     load, command, name = os.getloadavg()[0], shlex.split(options.command), options.image
     if load > 0.5 and not options.busy_ok:
         sys.exit(f"load {load:.2f}: the machine is busy (--busy-ok measures anyway)")
-    ours = Images(home())
-    ensure(ours, name)
     found: dict[str, list[float]] = {}
 
     def note(label: str, value: float) -> None:
         found.setdefault(label, []).append(value)
 
-    with tempfile.TemporaryDirectory(dir=home()) as temporary:
+    with tempfile.TemporaryDirectory(dir=home(), ignore_cleanup_errors=True) as temporary, unmounted(temporary):
         store, folder = Path(temporary) / "store", Path(temporary) / "host"
-        ours.url, ours._store = str(store), None
+        ours = Images(Path(temporary) / "maker" if name == "here" else home(), str(store))
+        if name == "here":
+            gather(Path(temporary) / "root", options.mib)
+            ours.add(name, Path(temporary) / "root")
+        else:
+            ensure(ours, name)
         ours.push(name)
-        (plain,) = ours.mount(name)
+        (plain,), size = ours.mount(name), ours.get(name).layers[0][2] / 2**20
         images, digest = host(folder, store, name, options.latency, None)
         timed(images.mount(name)[0], command)
         images.unmount(name)
@@ -100,7 +145,10 @@ def main() -> None:
             time.sleep(0.1)
         for _ in range(options.rounds):
             for label, known in (("with trace", trace), ("no trace", None)):
+                shutil.rmtree(store / "traces", ignore_errors=True)  # the first host to start an image stores its trace
+                began = time.perf_counter()
                 images, digest = host(folder, store, name, options.latency, known)
+                note(f"mount, {label} (ms)", (time.perf_counter() - began) * 1e3)
                 (root,) = images.mount(name)
                 note(f"first command, {label} (ms)", timed(root, command) * 1e3)
                 seen = status(images, digest)
@@ -117,7 +165,6 @@ def main() -> None:
             timed(images.mount(name)[0], command)
             note("pull first, then run (ms)", (time.perf_counter() - started) * 1e3)
             images.unmount(name)
-    size = ours.get(name).layers[0][2] / 2**20
     print(
         f"{name}: {size:.0f} MiB; load {load:.2f} before, {os.getloadavg()[0]:.2f} after; medians of {options.rounds}"
     )

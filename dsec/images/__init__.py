@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 
@@ -11,6 +10,8 @@ async def lowers(home: Path, image: str) -> list[Path]:
 
     NotFound if there is no such image, ImageError if it cannot be built, verified or mounted.
     """
+    import asyncio  # here: the process that loads a layer on demand imports this package, and shall start at once
+
     from dsec.errors import ImageError
     from dsec.images.debian import ensure
     from dsec.images.layers import Images
@@ -28,6 +29,8 @@ async def lowers(home: Path, image: str) -> list[Path]:
 
 async def digest(home: Path, image: str) -> str:
     """What an image contains, in 64 hexadecimal digits: for the keys of a trajectory."""
+    import asyncio
+
     from dsec.images.layers import Images
 
     return await asyncio.to_thread(lambda: Images(home).get(image).digest)

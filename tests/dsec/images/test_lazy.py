@@ -21,7 +21,7 @@ import pytest
 from dsec.errors import ImageError
 from dsec.images import lazy
 from dsec.images.layers import Images
-from dsec.images.lazy import Loader, Sparse
+from dsec.images.loader import FAR, NEAR, SOON, Loader, Sparse
 from dsec.images.manifest import CHUNK, Layer, chunk_key
 
 FILES = 24
@@ -63,15 +63,28 @@ def status(images: Images, digest: str) -> dict[str, Any]:
     return found
 
 
+def all_of(digest: str) -> list[int]:
+    """Every process of a layer."""
+    found = subprocess.run(["pgrep", "-f", f"dsec.images.lazy .* {digest}"], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
 def gone(digest: str) -> None:
-    until(lambda: not processes(digest))
+    until(lambda: not all_of(digest))
+
+
+def serves(pid: int) -> bool:
+    try:
+        return any(os.readlink(fd) == "/dev/fuse" for fd in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False  # it has just ended
 
 
 def processes(digest: str) -> list[int]:
-    """The supervisor of a layer, then its worker."""
-    found = subprocess.run(["pgrep", "-f", f"dsec.images.lazy .* {digest}"], capture_output=True, text=True).stdout
-    children = subprocess.run(["pgrep", "-P", ",".join(found.split()) or "0"], capture_output=True, text=True).stdout
-    return sorted(map(int, found.split()), key=lambda pid: str(pid) in children.split())
+    """The supervisor of a layer, then its worker: those that hold the device."""
+    found = all_of(digest)
+    children = subprocess.run(["pgrep", "-P", ",".join(map(str, found)) or "0"], capture_output=True, text=True).stdout
+    return sorted(filter(serves, found), key=lambda pid: str(pid) in children.split())
 
 
 def slow_store(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -164,7 +177,7 @@ def test_when_all_of_it_is_dead_reads_fail_and_nothing_hangs(
     assert layer.chunks
     (mounted,) = images.mount(name)
     with ThreadPoolExecutor(4) as pool:
-        reads = [pool.submit((mounted / f"f{i}").read_bytes) for i in range(4)]
+        reads = [pool.submit((mounted / f"f{i}").read_bytes) for i in (5, 10, 15, 20)]  # not what is read ahead
         time.sleep(0.5)
         os.kill(processes(digest)[0], signal.SIGKILL)  # the supervisor; its worker may not outlive it
         started = time.monotonic()
@@ -193,6 +206,42 @@ def test_the_start_is_traced_pushed_and_fetched_ahead(tmp_path: Path, pushed: tu
     found = status(third, digest)
     assert found["chunks"] - found["missing"] >= len(order), "fetched before anybody asked"
     assert found["fetched"] < found["size"] / 2
+
+
+def test_the_first_start_tells_the_others_by_itself(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
+    images, name, digest = pushed
+    (mounted,) = images.mount(name)
+    for i in range(FILES):
+        (mounted / f"f{i}").read_bytes()
+    images.unmount(name)
+    trace = json.loads(until(lambda: images.trace(digest)))
+    chunks = len(images.layer(digest).chunks)
+    assert len(trace) == max(chunks // lazy.TRACE_SHARE, 16) < chunks, "a start that read it all is no start trace"
+    stored = tmp_path / "store/traces" / f"{digest}.json"
+    until(stored.exists)
+    assert json.loads(stored.read_bytes()) == trace
+
+
+def test_a_full_disk_costs_time_and_never_data(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
+    _, name, digest = pushed
+    (tmp_path / "small").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path / "small"], check=True)
+    images = Images(tmp_path / "small", str(tmp_path / "store"))
+    (mounted,) = images.mount(name)
+    for i in range(FILES):
+        assert (mounted / f"f{i}").read_bytes() == want(tmp_path, i)
+    subprocess.run(["mount", "-o", "remount,size=64m", "none", tmp_path / "small"], check=True)
+    Path("/proc/sys/vm/drop_caches").write_text("3")  # so that they are asked for again
+    for i in range(FILES):
+        assert (mounted / f"f{i}").read_bytes() == want(tmp_path, i)
+    assert os.strerror(errno.ENOSPC) in str(status(images, digest)["errors"])
+    images.unmount(name)
+    gone(digest)
+    kept = Sparse(images.folder / "lazy" / digest, images.layer(digest))
+    assert kept.missing < kept.layer.size // CHUNK // 2, "with room again, chunks are kept again"
+    for index in range(len(kept.layer.chunks)):
+        data = os.pread(kept.data, CHUNK, index * CHUNK)
+        assert not kept.has(index) or hashlib.sha256(data).hexdigest() == kept.layer.chunks[index]
 
 
 # One process
@@ -250,3 +299,80 @@ def test_bits_are_written_after_their_data_is_on_the_disk(tmp_path: Path, monkey
     assert order[0][1] in (b"", b"\0"), "no bit vouched for data that was not yet there"
     again = Sparse(tmp_path, layer)
     assert again.has(1) and not again.has(0) and again.missing == 1
+
+
+def test_what_a_failing_disk_may_have_lost_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(2 * CHUNK)
+    layer, fetched = layer_of(data), Counter[str]()
+
+    def fetch(chunk: str) -> bytes:
+        fetched[chunk] += 1
+        index = layer.chunks.index(chunk)
+        return data[index * CHUNK : (index + 1) * CHUNK]
+
+    loader = Loader(Sparse(tmp_path, layer), fetch, None)
+    loader.read(0, 10)
+    loader.sparse.flush()
+    loader.read(CHUNK, 10)
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "the disk")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "fdatasync", broken)
+        loader.sparse.flush()
+    os.pwrite(loader.sparse.data, bytes(CHUNK), CHUNK)  # what a kernel may leave of a page that it could not write
+    assert loader.read(CHUNK, 10) == data[CHUNK : CHUNK + 10]
+    assert [fetched[chunk] for chunk in layer.chunks] == [1, 2], "what was durable before is still believed"
+
+
+def test_readers_who_go_on_are_read_ahead_and_jumps_are_not(tmp_path: Path) -> None:
+    layer = Layer(64 * CHUNK, tuple(f"{i:064}" for i in range(64)))
+    loader = Loader(Sparse(tmp_path, layer), lambda chunk: bytes(CHUNK), [40, 41, 999])
+
+    def ahead() -> list[int]:
+        found = []
+        while not loader._wanted.empty():
+            urgency, _, index = loader._wanted.get()
+            found += [index] if urgency == SOON else []
+        return found
+
+    steps = []
+    for index in (20, 21, 22, 23):
+        loader.read(index * CHUNK, 4096)
+        steps.append(ahead())
+    assert steps == [[21], [22, 23], [24, 25, 26], [27, 28, 29, 30, 31]] and NEAR == 1
+    assert max(loader._windows.values()) <= FAR
+    loader.read(5 * CHUNK, 4096)
+    assert ahead() == [6], "after a jump one"
+    loader.read(40 * CHUNK, 4096)
+    assert ahead() == [], "a trace knows better"
+    loader.threads.add(7)
+    loader.read(50 * CHUNK, 4096, 7)
+    assert ahead() == [] and 50 not in loader.asked, "our own reading ahead is no reader"
+
+
+def test_what_is_read_now_comes_before_the_trace(tmp_path: Path) -> None:
+    layer, order, gate = Layer(40 * CHUNK, tuple(f"{i:064}" for i in range(40))), list[int](), threading.Event()
+
+    def fetch(chunk: str) -> bytes:
+        order.append(int(chunk))
+        gate.wait(5)
+        return bytes(CHUNK)
+
+    loader = Loader(Sparse(tmp_path, layer), fetch, list(range(10, 40)))
+    loader.start()
+    until(lambda: len(order) == loader_threads())
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(loader.read, 0, 3 * CHUNK)
+        until(lambda: 0 in order)
+        gate.set()
+        assert read.result() == bytes(3 * CHUNK)
+    until(lambda: len(order) >= 33)
+    assert max(order.index(1), order.index(2)) < order.index(39)
+
+
+def loader_threads() -> int:
+    from dsec.images import loader
+
+    return loader.FETCHERS
