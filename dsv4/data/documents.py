@@ -45,6 +45,27 @@ class Documents:
         learn = np.fromiter((bool(m) for _, mask in pairs for m in mask), bool, offsets[-1])
         return cls(tokens, offsets, learn, whole=True)
 
+    def save(self, folder: Path, **facts: Any) -> None:
+        """Keeps the documents as a folder of arrays, and meta.json: their number, and `facts`. Complete or absent."""
+        narrow = not len(self.tokens) or int(self.tokens.max()) < 1 << 16
+        arrays = {"tokens": self.tokens.astype(np.uint16) if narrow else self.tokens, "offsets": self.offsets}
+        arrays |= {} if self.mask is None else {"mask": self.mask}
+        meta = {"documents": len(self), "tokens": len(self.tokens), "whole": self.whole, **facts}
+        with atomic_folder(folder) as fresh:
+            for name, array in arrays.items():
+                np.save(fresh / f"{name}.npy", array)
+            atomic_write(fresh / "meta.json", json.dumps(meta, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Documents:
+        """What `save` kept, memory-mapped. Raises ValueError when the arrays do not belong together."""
+        whole = json.loads((folder / "meta.json").read_text())["whole"]
+        tokens, offsets = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "offsets.npy")
+        mask = np.load(folder / "mask.npy", mmap_mode="r") if (folder / "mask.npy").is_file() else None
+        if len(tokens) != offsets[-1] or (mask is not None and len(mask) != len(tokens)):
+            raise ValueError(f"{folder} holds {len(tokens)} tokens, its offsets say {offsets[-1]}; remove the folder")
+        return cls(tokens, offsets, mask, whole)
+
 
 def corpus_tokenizer(corpus: Path, vocab_size: int, sample_bytes: int = 24_000_000) -> Tokenizer:
     """A byte-level BPE with digits one by one, learned from documents spread evenly over the training text."""
