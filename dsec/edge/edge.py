@@ -202,9 +202,11 @@ class Edge(CommandOperations, FileOperations, NetworkOperations):
             raise SubstrateUnavailable(text, reason=text, fix="another substrate, or a lower isolation_min")
         self.refuse_network(spec, substrate)
         await self._self_test(substrate)
-        id = f"sb-{secrets.token_hex(8)}"
-        folder = self.home / "sandboxes" / id
-        folder.mkdir(mode=0o700)
+        folder = substrate.standby() if hasattr(substrate, "standby") else None
+        if folder is None:
+            folder = self.home / "sandboxes" / f"sb-{secrets.token_hex(8)}"
+            folder.mkdir(mode=0o700)
+        id = folder.name
         box = Box(id, spec, folder, self.host, isolation, substrate.capabilities.as_dict(), source=snapshot)
         self.boxes[id] = box
         try:

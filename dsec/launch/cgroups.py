@@ -216,6 +216,7 @@ def abandon(folder: Path) -> None:
         end = time.monotonic() + 1
         while not group.remove() and time.monotonic() < end:
             time.sleep(0.01)
+            group.kill()  # again: what was being forked was not yet on its list
     shutil.rmtree(folder, ignore_errors=True)
 
 

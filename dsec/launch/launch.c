@@ -1,7 +1,10 @@
 /* Puts a sandbox's walls up in the one order that leaves no gap, then becomes bubblewrap or an OCI runtime.
  *
- *   launch --keep N [--cgroup FILE]... [--base UID] --root DIR (--size BYTES | --loop IMAGE) --lower DIR...
+ *   launch --keep N [--cgroup FILE]... [--base UID] [--wait FD] --root DIR (--size BYTES | --loop IMAGE) --lower DIR...
  *          [--pids N --memory BYTES] [--oci CONFIG [--nested 1]] -- PROGRAM ARG...
+ *
+ * --wait: started ahead of its sandbox. It stops after its cgroups and its user namespace, and the arguments from --root on
+ * come through FD (a length, then NUL-ended strings). Its mounts are made after that, or it would not see the host's newest.
  *
  * 1 a session of its own, no file descriptor above N    2 member of its cgroups, so nothing ever runs outside them
  * 3 a private mount namespace: nothing mounted here is seen by the host or outlives the sandbox
@@ -115,15 +118,17 @@ static void runtime_folder(const char *config, long base) { /* for a runtime's s
     close(fd);
 }
 
-int main(int argc, char **argv) {
-    const char *oci = NULL, *lowers[LOWERS], *root = NULL, *size = NULL, *image = NULL, *pids = NULL, *memory = NULL, *cgroups[16];
-    int count = 0, groups = 0, keep = 2, nested = 0, i;
-    long base = 0;
-    for (i = 1; i + 1 < argc && strcmp(argv[i], "--"); i += 2) {
+static const char *oci, *lowers[LOWERS], *root, *size, *image, *pids, *memory, *cgroups[16];
+static int count, groups, keep = 2, nested, waiting = -1;
+static long base;
+
+static int parse(int argc, char **argv, int i) { /* up to PROGRAM, whose place is returned */
+    for (; i + 1 < argc && strcmp(argv[i], "--"); i += 2) {
         char *key = argv[i], *value = argv[i + 1];
         if (!strcmp(key, "--keep")) keep = atoi(value);
         else if (!strcmp(key, "--cgroup") && groups < 16) cgroups[groups++] = value;
         else if (!strcmp(key, "--base")) base = atol(value);
+        else if (!strcmp(key, "--wait")) waiting = atoi(value);
         else if (!strcmp(key, "--root")) root = value;
         else if (!strcmp(key, "--size")) size = value;
         else if (!strcmp(key, "--loop")) image = value;
@@ -132,20 +137,41 @@ int main(int argc, char **argv) {
         else if (!strcmp(key, "--oci")) oci = value;
         else if (!strcmp(key, "--nested")) nested = 1;
         else if (!strcmp(key, "--lower") && count < LOWERS) lowers[count++] = value;
-        else { dprintf(2, "launch: what is %s?\n", key); return 2; }
+        else { dprintf(2, "launch: what is %s?\n", key); _exit(2); }
     }
-    if (i + 1 >= argc || !root || !count || !(size || image)) { dprintf(2, "launch: incomplete\n"); return 2; }
+    return i + 1;
+}
+
+static char **rest(int fd, int *argc) { /* ends when nobody is left who could send it */
+    unsigned size, got = 0;
+    char *data;
+    if (read(fd, &size, sizeof size) != sizeof size || size > 1 << 20 || !(data = malloc(size + 1))) _exit(0);
+    for (ssize_t n; got < size; got += n) if ((n = read(fd, data + got, size - got)) <= 0) _exit(0);
+    close(fd);
+    data[size] = 0;
+    char **argv = calloc(size + 1, sizeof *argv);
+    if (!argv) die("memory");
+    for (char *word = data; word < data + size; word += strlen(word) + 1) argv[(*argc)++] = word;
+    return argv;
+}
+
+int main(int argc, char **argv) {
+    int i = parse(argc, argv, 1);
     if (geteuid() == 0 && base < 65536) { errno = EPERM; die("root must name an id range of its own (--base)"); }
     setsid();
     umask(022);
     if (syscall(SYS_close_range, keep + 1, ~0U, 0) && errno != ENOSYS) die("close_range");
     for (int k = 0; k < groups; k++) put(cgroups[k], "0"); /* v1: "tasks", which moves one thread without stopping the world */
 
-    int users = -1;
-    if (geteuid() == 0) {
-        users = user_namespace(base);
-        if (unshare(CLONE_NEWNS)) die("mount namespace");
-    } else own_namespaces();
+    int users = geteuid() ? -1 : user_namespace(base);
+    if (waiting >= 0) {
+        argc = 0;
+        argv = rest(waiting, &argc);
+        i = parse(argc, argv, 0);
+    }
+    if (i >= argc || !root || !count || !(size || image)) { dprintf(2, "launch: incomplete\n"); return 2; }
+    if (users < 0) own_namespaces();
+    else if (unshare(CLONE_NEWNS)) die("mount namespace");
     if (mount("", "/", NULL, MS_REC | MS_PRIVATE, NULL)) die("private mounts");
 
     const char *disk = "disk", *merged = oci ? "/mnt" : "/sys", *upper = "disk/upper", *work = "disk/work";
@@ -161,7 +187,7 @@ int main(int argc, char **argv) {
     int n = snprintf(options, sizeof options, "%supperdir=%s,workdir=%s,lowerdir=", users < 0 ? "userxattr," : "volatile,", upper, work);
     for (int k = 0; k < count; k++) {
         char *name;
-        if (asprintf(&name, "lower%d", k) < 0) die("memory");
+        if (asprintf(&name, "disk/lower%d", k) < 0) die("memory");
         n += snprintf(options + n, sizeof options - n, "%s%s", k ? ":" : "", users < 0 ? lowers[k] : shifted(lowers[k], users, name));
         if (n >= (int)sizeof options) { errno = E2BIG; die("lowers"); }
     }
@@ -180,6 +206,6 @@ int main(int argc, char **argv) {
         if (setrlimit(RLIMIT_DATA, &data)) die("RLIMIT_DATA");
     }
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs");
-    execv(argv[i + 1], argv + i + 1);
-    die(argv[i + 1]);
+    execv(argv[i], argv + i);
+    die(argv[i]);
 }

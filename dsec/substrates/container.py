@@ -14,9 +14,9 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dsec.launch import cgroups, seccomp, selftest
 from dsec.launch.cgroups import Cgroup
 from dsec.substrates import oci
 from dsec.substrates.base import Probe
+from dsec.substrates.begun import Begun
 from dsec.substrates.oci import Runtime
 from dsec.types import Capabilities, Spec, Stats
 
@@ -40,6 +41,8 @@ HOST_FILES = [
     f"/etc/{name}" for name in "alternatives ld.so.cache ld.so.conf ld.so.conf.d localtime mime.types".split()
 ] + ["/etc/ssl/certs/ca-certificates.crt"]
 """What the host image takes from the host's /etc: what its programs need to start, nothing that says whose it is."""
+STANDBY = 2  # launchers that wait for sandboxes to come
+STANDBY_SECONDS = 0.05  # after a start until the next one is begun
 OVERHEAD = 2  # processes: bubblewrap's monitor and the agent
 BWRAP = Runtime(memory=0, pids=OVERHEAD)
 FIX = "apt-get install bubblewrap"
@@ -58,6 +61,9 @@ class ContainerSubstrate:
         limits = "cgroup" if self.groups.limits else "rlimit"
         self.capabilities = Capabilities(isolation=2, fork_memory=False, network=True, limits=limits)
         self._prepared: asyncio.Future[None] | None = None
+        self._standby: deque[Begun] = deque()
+        self._given: dict[Path, Begun] = {}
+        self._next: asyncio.TimerHandle | None = None
         self._trusted: dict[str, asyncio.Future[None]] = {}
         self._reaper: asyncio.Task[None] | None = None
         self._dead: asyncio.Queue[tuple[Cgroup | None, Path]] = asyncio.Queue()
@@ -89,31 +95,67 @@ class ContainerSubstrate:
                     await running.destroy()
 
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> Container:
-        await self._prepare()
-        runtime = await self._runtime(spec.runtime, id)
-        lowers, mounts = await self._image(spec.image)
-        if snapshot is not None:  # hard links: the snapshot may be deleted while we live
-            await asyncio.to_thread(_run, ["cp", "-al", snapshot / "layers", folder / "layers"])
-            lowers[1:1] = sorted((folder / "layers").iterdir(), reverse=True)
-        group = None
-        if self.groups.limits or self.root:
-            group = Cgroup.claim(self.groups)
-            group.note(folder)
-            group.limit(spec.cpu, spec.memory + runtime.memory, int(spec.pids) + runtime.pids)
+        begun = self._given.pop(folder, None)
         try:
+            await self._prepare()
+            runtime = await self._runtime(spec.runtime, id)
+            lowers, mounts = await self._image(spec.image)
+            if snapshot is not None:  # hard links: the snapshot may be deleted while we live
+                await asyncio.to_thread(_run, ["cp", "-al", snapshot / "layers", folder / "layers"])
+                lowers[1:1] = sorted((folder / "layers").iterdir(), reverse=True)
             disk = ["--size", str(spec.disk << 20)]
             if self.root and spec.disk * 2 > spec.memory:
                 disk = ["--loop", str(await asyncio.to_thread(_disk_image, folder, spec.disk))]
-            with socket.socket(socket.AF_UNIX) as listener:
-                _bind(listener, folder / "agent.sock")
-                pid = self._spawn(listener, folder, spec, group, disk, lowers, mounts)
-                agent = await Agent.connect(folder / "agent.sock", serial=runtime.serial)
+            if begun is None:
+                begun = Begun.begin(folder, self.groups, self.root)
+            if begun.group is not None:
+                begun.group.limit(spec.cpu, spec.memory + runtime.memory, int(spec.pids) + runtime.pids)
+            arguments = self._arguments(folder, spec, disk, lowers, mounts)
+            pid = begun.go(arguments) or self._spawn(begun, arguments)
+            agent = await Agent.connect(folder / "agent.sock", serial=runtime.serial)
         except BaseException:
-            if group is not None:
-                group.kill()
-            self._bury(group, folder)
+            if begun is not None:
+                if begun.group is not None:
+                    begun.group.kill()
+                self._bury(begun.group, folder)
             raise
-        return Container(self, pid, group, folder, agent, self._capabilities(runtime))
+        finally:
+            if begun is not None:
+                begun.close()
+            self._soon()
+        return Container(self, pid, begun.group, folder, agent, self._capabilities(runtime))
+
+    def standby(self) -> Path | None:
+        """A folder whose launcher waits already, for a sandbox that is named like it; None when there is none."""
+        if not self._standby:
+            return None
+        begun = self._standby.popleft()
+        self._given[begun.folder] = begun
+        return begun.folder
+
+    def _soon(self) -> None:
+        """Begins the next ones, not at once: what has just started wants the processor more."""
+        if self._next is None and self._prepared is not None and (self.home / "sandboxes").is_dir():
+            self._next = asyncio.get_running_loop().call_later(STANDBY_SECONDS, self._begin)
+
+    def _begin(self) -> None:
+        self._next = None
+        if len(self._standby) >= STANDBY:
+            return
+        folder = self.home / "sandboxes" / f"sb-{secrets.token_hex(8)}"
+        with contextlib.suppress(OSError, Capacity):  # a host without room: the next create says so
+            folder.mkdir(mode=0o700)
+            begun = Begun.begin(folder, self.groups, self.root)
+            self._standby.append(begun)  # good for a start even if its launcher cannot be started now
+            end, control = os.pipe()
+            try:
+                begun.wait(self._spawn(begun, ["--wait", "5"], end), control)
+            except BaseException:
+                os.close(control)
+                raise
+            finally:
+                os.close(end)
+            self._soon()
 
     def _capabilities(self, runtime: Runtime) -> Capabilities:
         return replace(self.capabilities, isolation=runtime.isolation, tty=runtime.tty)
@@ -136,31 +178,30 @@ class ContainerSubstrate:
                 raise
         return oci.RUNTIMES[name]
 
-    def _spawn(
-        self, listener: socket.socket, folder: Path, spec: Spec, group: Cgroup | None, disk: list[str],
-        lowers: list[Path], mounts: list[str],
-    ) -> int:  # fmt: skip
-        argv = [str(self.launcher), "--keep", "4", "--root", str(folder), *disk]
-        if group is not None:
-            argv += [part for path in group.joins for part in ("--cgroup", str(path))]
-            argv += ["--base", str(group.base)]
+    def _arguments(self, folder: Path, spec: Spec, disk: list[str], lowers: list[Path], mounts: list[str]) -> list[str]:
+        """The launcher's, but for those that are known before there is a specification."""
+        argv = ["--root", str(folder), *disk]
         if not self.groups.limits:
             argv += ["--pids", str(int(spec.pids) + OVERHEAD), "--memory", str(spec.memory << 20)]
         argv += [part for lower in lowers for part in ("--lower", str(lower))]
         if spec.runtime:
             masked = [f"/proc/{name}" for name in MASKED if Path("/proc", name).exists()]
-            argv += oci.command(spec.runtime, self.root, folder, mounts, masked, AGENT_CAPS)
-        else:
-            argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
-            argv += ["--", "/.dsec/agent", "--listen", "3", "--drop", "--wall", "/"]
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            return argv + oci.command(spec.runtime, self.root, folder, mounts, masked, AGENT_CAPS)
+        argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
+        return [*argv, "--", "/.dsec/agent", "--listen", "3", "--drop", "--wall", "/"]
+
+    def _spawn(self, begun: Begun, arguments: list[str], control: int = -1) -> int:
+        """A launcher; with `control`, one that waits for the rest of its arguments there."""
+        log = os.open(begun.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        wait = [(os.POSIX_SPAWN_DUP2, control, 5)] if control >= 0 else []
         try:
             return os.posix_spawn(
                 self.launcher,
-                argv,
+                [str(self.launcher), "--keep", str(4 + len(wait)), *begun.first, *arguments],
                 {"HOME": "/root"},
                 file_actions=[
-                    (os.POSIX_SPAWN_DUP2, listener.fileno(), 3),
+                    *wait,
+                    (os.POSIX_SPAWN_DUP2, begun.listener.fileno(), 3),
                     (os.POSIX_SPAWN_DUP2, log, 1),
                     (os.POSIX_SPAWN_DUP2, log, 2),
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
@@ -196,7 +237,15 @@ class ContainerSubstrate:
                 await running.destroy()
 
     async def close(self) -> None:
-        """Waits until what was destroyed is cleaned away."""
+        """Waits until what was destroyed is cleaned away, and what was begun for nobody."""
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        for begun in [*self._standby, *self._given.values()]:
+            begun.close()
+            self._bury(begun.group, begun.folder)
+        self._standby.clear()
+        self._given.clear()
         if self._reaper is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._dead.join(), 5)
@@ -403,19 +452,6 @@ class Container:
         self._of._bury(self._group, self._folder)
 
 
-def _bind(listener: socket.socket, path: Path) -> None:
-    """A unix socket's path holds 107 bytes; a longer one goes through its folder's descriptor."""
-    if len(os.fsencode(path)) < 108:
-        listener.bind(str(path))
-    else:
-        fd = os.open(path.parent, os.O_RDONLY)
-        try:
-            listener.bind(f"/proc/self/fd/{fd}/{path.name}")
-        finally:
-            os.close(fd)
-    listener.listen(4)
-
-
 def _started(pid: int) -> int:
     """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
     try:
@@ -425,12 +461,16 @@ def _started(pid: int) -> int:
 
 
 def _kill_inside(monitor: int) -> None:
-    """Kills PID 1 of the sandbox behind bubblewrap's monitor, and with it everything in its namespace."""
+    """Kills PID 1 of the sandbox behind bubblewrap's monitor, and with it everything in its namespace.
+
+    Stopped first: one that is just about to start that PID 1 does not get that far (fork fails on a pending signal).
+    """
     try:
+        os.kill(monitor, signal.SIGSTOP)
         children = [int(pid) for pid in Path(f"/proc/{monitor}/task/{monitor}/children").read_text().split()]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return
-    for pid in children or [monitor]:
+    for pid in [*children, monitor]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -439,6 +479,7 @@ def _clean(batch: list[tuple[Cgroup | None, Path]]) -> list[tuple[Cgroup | None,
     left: list[tuple[Cgroup | None, Path]] = []
     for group, folder in batch:
         if group is not None and not group.remove():
+            group.kill()  # again: what was being forked when it was killed was not yet on its list
             left.append((group, folder))
         else:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""Launchers that wait for a sandbox: they become it, they see the host as it is then, and none is ever lost or left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsec.launch import cgroups
+from dsec.substrates import container
+from tests.dsec.conftest import Host
+
+
+def waiting(host: Host) -> dict[str, int]:
+    """Launchers of a host that wait: the names of their folders and their pids."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"--wait" in words and words[0].startswith(os.fsencode(host.home)):
+                found[Path(os.readlink(entry / "fd" / "1")).parent.name] = int(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def until(seen: Callable[[], Any]) -> Any:
+    end = time.monotonic() + 20
+    while not (value := seen()):
+        assert time.monotonic() < end, "never happened"
+        time.sleep(0.02)
+    return value
+
+
+def ready(host: Host) -> dict[str, int]:
+    """Those of a host that has had time to begin them."""
+    host.create().kill()
+    until(lambda: len(waiting(host)) == container.STANDBY)
+    return waiting(host)
+
+
+def test_a_launcher_that_waits_becomes_the_sandbox(host: Host) -> None:
+    before = ready(host)
+    for name, pid in before.items():
+        assert sorted(path.name for path in (host.home / "sandboxes" / name).iterdir() if path.name != "slot") == [
+            "agent.sock",
+            "log",
+        ]
+        if host.who == "root":  # before it waits: in its cgroups, with a session of its own
+            slot = (host.home / "sandboxes" / name / "slot").read_text()
+            assert f"/dsec/{slot}\n" in Path(f"/proc/{pid}/cgroup").read_text()
+        assert os.getsid(pid) == pid
+        extra = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if int(fd.name) > 5]
+        assert all(link.startswith("user:") for link in extra), f"descriptors of the Edge: {extra}"
+    with host.create(memory=64, pids=40) as box:
+        assert box.id in before, "it was made from one that waited"
+        assert box.commands.run("echo hello; ls -l /proc/self/fd | wc -l; cat /proc/1/cmdline").exit_code == 0
+        if host.who == "root":
+            slot = (host.home / "sandboxes" / box.id / "slot").read_text()
+            limit = Path("/sys/fs/cgroup/memory/dsec", slot, "memory.limit_in_bytes")
+            assert not limit.exists() or limit.read_text() == f"{64 << 20}\n"
+
+
+def test_it_sees_what_the_host_has_mounted_since(root_host: Host, tmp_path: Path) -> None:
+    ready(root_host)
+    image = tmp_path / "image"
+    image.mkdir()
+    tmp_path.chmod(0o755)
+    subprocess.run(["mount", "-t", "tmpfs", "none", image], check=True)
+    try:
+        for name in ("bin", "proc", "dev", "tmp", "root"):
+            (image / name).mkdir()
+        (image / "bin/sh").write_bytes(Path("/bin/busybox").read_bytes()) if Path("/bin/busybox").exists() else None
+        if not (image / "bin/sh").exists():
+            pytest.skip("needs a static shell: apt-get install busybox-static")
+        (image / "bin/sh").chmod(0o755)
+        before = waiting(root_host)
+        with root_host.create(image=str(image)) as box:
+            assert box.id in before
+            assert box.commands.run(["/bin/sh", "-c", "echo here"]).stdout == "here\n"
+    finally:
+        subprocess.run(["umount", "-l", image], check=True)
+
+
+def test_one_that_died_waiting_costs_nobody_a_sandbox(host: Host) -> None:
+    for pid in ready(host).values():
+        os.kill(pid, signal.SIGKILL)
+    for _ in range(container.STANDBY + 1):
+        with host.create() as box:
+            assert box.commands.run("echo alive").stdout == "alive\n"
+
+
+def test_a_killed_edge_leaves_none_behind(make_host: Callable[[str], Host]) -> None:
+    host = make_host("root")
+    with host.create(timeout=600) as box:
+        before = ready(host)
+        slots = [(host.home / "sandboxes" / name / "slot").read_text() for name in before]
+        host.kill()
+        until(lambda: not waiting(host))
+        host.start()
+        until(lambda: not any((host.home / "sandboxes" / name).exists() for name in before))
+        for slot in slots:
+            assert not any(folder.exists() for folder in cgroups.Cgroup(cgroups.detect(), int(slot)).folders)
+        assert host.sync("connect", box.id).commands.run("echo still").stdout == "still\n"
+
+
+def test_arguments_that_never_come_end_it(programs: Path, tmp_path: Path) -> None:
+    """Half a message, a lie about its length, or nothing: the launcher ends and makes nothing."""
+    from dsec.guest import build
+
+    launcher = build.program(Path(cgroups.__file__).with_name("launch.c"), programs / "cache")
+    base = ["--base", "131072"] if os.geteuid() == 0 else []
+    for sent in (b"", b"\x05", b"\x40\0\0\0--root\0", b"\xff\xff\xff\xff--root\0", b"\x07\0\0\0--wait\0"):
+        read, write = os.pipe()
+        os.write(write, sent)
+        os.close(write)
+        command = [str(launcher), "--keep", str(max(read, 2)), *base, "--wait", str(read)]
+        done = subprocess.run(command, pass_fds=[read], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        os.close(read)
+        assert done.returncode in (0, 2) and os.listdir(tmp_path) == [], done
+
+
+def agents(host: Host) -> set[int]:
+    """Pids of everything that runs in sandboxes of a host that nothing else uses now, as the host sees them."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"/.dsec/agent\0" in (entry / "cmdline").read_bytes():
+                owner = entry.stat().st_uid
+                found |= {int(entry.name)} if (owner >= cgroups.FIRST_ID) == (host.who == "root") else set()
+        except OSError:
+            continue
+    return found
+
+
+def test_one_that_is_killed_while_it_starts_leaves_nothing(host: Host) -> None:
+    """The kill may come just before bubblewrap's child is there."""
+    before = agents(host)
+    groups = {path.name for path in Path("/sys/fs/cgroup/pids/dsec").glob("[0-9]*")}
+
+    def one(number: int) -> None:
+        box = host.create(timeout=120)
+        time.sleep(number % 16 / 2000)
+        box.kill()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, range(100)))
+    until(lambda: not agents(host) - before)
+    if groups:  # a host with v1 groups: what is left belongs to those that wait
+        left = lambda: {p.name for p in Path("/sys/fs/cgroup/pids/dsec").glob("[0-9]*")} - groups  # noqa: E731
+        until(lambda: len(left()) <= container.STANDBY)
+
+
+def test_what_joined_while_its_box_was_killed_is_killed_too(tmp_path: Path) -> None:
+    """A process of the cgroup that the kill did not see: the reaper does not wait for it for ever."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: sudo script/test tests/dsec")
+    group = cgroups.Cgroup.claim(cgroups.detect())
+    late = subprocess.Popen(["sleep", "60"])
+    for path in group.joins:
+        path.write_text(str(late.pid))
+
+    async def bury() -> None:
+        substrate = container.ContainerSubstrate(tmp_path)
+        substrate._bury(group, tmp_path / "folder")
+        await substrate.close()
+
+    try:
+        asyncio.run(bury())
+        assert late.wait(5) == -signal.SIGKILL
+        assert not any(folder.exists() for folder in group.folders)
+    finally:
+        late.kill()
+        late.wait()
+        until(group.remove)
+
+
+def hunt(host: Host, count: int, flight: int) -> None:
+    """Every sandbox answers its first and its second command, whatever way it was started."""
+
+    def one(number: int) -> str:
+        with host.create(timeout=120, memory=64, disk=16, pids=32) as box:
+            assert box.commands.run(f"echo {number}").stdout == f"{number}\n"
+            assert box.files.read("/etc/hostname") == "sandbox\n"
+            return str(box.id)
+
+    with ThreadPoolExecutor(flight) as pool:
+        assert len(set(pool.map(one, range(count)))) == count
+
+
+def test_none_of_many_vanishes(host: Host) -> None:
+    hunt(host, 30, 1)
+    hunt(host, 30, 4)
+
+
+@pytest.mark.slow
+def test_none_of_hundreds_vanishes(host: Host) -> None:
+    hunt(host, 300, 1)
+    hunt(host, 300, 6)
