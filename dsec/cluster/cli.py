@@ -60,7 +60,8 @@ def simulate(
             err=True,
         )
 
-    world = play(Scene(live=live, hosts=hosts, minutes=minutes, life=life, faults=chosen, seed=seed), watch)
+    scene = Scene(live=live, hosts=hosts, minutes=minutes, life=life, faults=chosen, seed=seed)
+    world = play(scene, watch, lambda violation: typer.echo(f"\n{violation}", err=True))
     typer.echo("", err=True)
     worked = time.process_time() - worked
     if figure:

@@ -24,6 +24,8 @@ from dsec.errors import Capacity, DsecError
 
 TRIES = 4
 """Edges that are asked for one create."""
+SILENT = 3
+"""Refreshes without a word after which another server's queue counts no more."""
 REST = 30.0
 """Seconds without creates for an Edge that did not answer one."""
 
@@ -83,8 +85,11 @@ class Control:
         for name, (seq, waiting) in self.store.heard().items():
             last, age = self._told.get(name, (-1, 0))
             self._told[name] = (seq, 0 if seq != last else age + 1)
-            if name != self._name and self._told[name][1] < 3:
+            if name != self._name and self._told[name][1] < SILENT:
                 self._others.append(waiting)
+            elif name != self._name:  # else a server that starts would defer to the queues of all that ever died
+                self.store.unhear(name, seq)
+                del self._told[name]
         edges, projects, now = self.store.edges(), self.store.projects(), self._clock.monotonic()
         for edge in edges:
             if self._seen.get(edge.id) == (edge.epoch, edge.seq):

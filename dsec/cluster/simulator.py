@@ -13,6 +13,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,8 +66,11 @@ class Scene:
 class World:
     """Everything, and the truth about it."""
 
-    def __init__(self, scene: Scene, watch: Callable[[World], None] | None = None) -> None:
-        self.scene, self.rng, self.clock, self.watch = scene, random.Random(scene.seed), VirtualClock(1000.0), watch
+    def __init__(
+        self, scene: Scene, watch: Callable[[World], None] | None = None, tell: Callable[[str], None] | None = None
+    ) -> None:
+        self.scene, self.rng, self.clock = scene, random.Random(scene.seed), VirtualClock(1000.0)
+        self.watch, self.tell = watch, tell
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.count = 0
         self.database = FlakyDatabase()
@@ -86,6 +90,8 @@ class World:
         self.rows: dict[str, Row] = {}
         self.suspects: dict[str, float] = {}
         self.violations: Counter[str] = Counter()
+        self.notes: list[str] = []
+        """What is known of the first violations of each kind, one line each."""
         self.refusals: Counter[str] = Counter()
         self.waits: list[tuple[int, float]] = []
         self.recovery: list[float] = []
@@ -100,6 +106,8 @@ class World:
         """Nobody waits longer while there is room: two hosts lost in a row, each settled within a ttl, and as much
         again for a database that is away and Edges that answer too late."""
         self.longest = 0.0
+        self.story: list[tuple[float, str]] = []
+        """What happened to the client that waited longest."""
         self.seconds = 0
         self.series: list[tuple[float, int, int, int]] = []
         """Every 5 s: time, sandboxes that run, creates that wait, hosts that answer."""
@@ -135,14 +143,38 @@ class World:
 
     # The truth
 
+    def violated(self, kind: str, count: int = 1, **state: Any) -> None:
+        """Counts violations, and tells of the first ten of their kind what explains them."""
+        self.violations[kind] += count
+        if 0 < self.violations[kind] < 10 + count:
+            told = " ".join(f"{name}={value}" for name, value in state.items())
+            self.notes.append(f"{self.clock.time - 1000.0:.1f} s: {kind}: {told}")
+            if self.tell:
+                self.tell(self.notes[-1])
+
+    def about(self, id: str) -> dict[str, Any]:
+        """What the world and the store know of one sandbox, and of its host."""
+        row = self.rows.get(id)
+        with closing(self.database.look()) as cursor:
+            found = cursor.execute(
+                "select edge, epoch, state, reason, created, ended, run from sandboxes where id = ?", (id,)
+            ).fetchall()
+        host = self.hosts[row.edge if row else found[0][0]] if row or found else None
+        told: dict[str, Any] = {"id": id, "row": found[0] if found else None, "runs_on": row and (row.edge, row.epoch)}
+        if host:
+            told["host"] = (host.name, f"zone {host.zone}", f"epoch {host.member.lease.epoch}", f"boots {host.boots}")
+            told["host_is"] = [n for n in ("alive", "connected", "stalled") if getattr(host, n)] + [f"slow {host.slow}"]
+            told["lease_left"] = round(host.member.lease.left(), 1)
+        return told
+
     def runs(self, row: Row, host: Host) -> None:
         where = self.truth.setdefault(row.run, set())
         where.add((row.id, host.boots))
         self.rows[row.id] = replace(row, edge=host.name)
         if self.executing(row.run) > 1:
-            self.violations["double run"] += 1
+            self.violated("double run", run=row.run, each=[self.about(id) for id, _ in where])
         if len(host.member.running) > self.slots:
-            self.violations["over the cap"] += 1
+            self.violated("over the cap", host=host.name, runs=len(host.member.running), cap=self.slots)
         self.peak = max(self.peak, len(self.rows))
 
     def executing(self, run: str) -> int:
@@ -167,18 +199,21 @@ class World:
         """A result reached its client."""
         row = self.rows[id]
         if self.executing(row.run) > 1:
-            self.violations["two owners, one acknowledged"] += 1
+            each = [self.about(id) for id, _ in self.truth[row.run]]
+            self.violated("two owners, one acknowledged", run=row.run, acknowledged=id, each=each)
         if task := self.holders.pop(id, None):
             task.finished = True
             self.done += 1
 
-    def started(self, priority: int, seconds: float) -> None:
-        """A client has its sandbox, so many seconds after it first asked for it."""
-        self.waits.append((priority, seconds))
+    def started(self, task: Task) -> None:
+        """A client has its sandbox; it has waited since it first asked for it."""
+        seconds = self.clock.time - task.began
+        self.waits.append((task.priority, seconds))
         if not self.crowded:
-            self.longest = max(self.longest, seconds)
+            if seconds > self.longest:
+                self.longest, self.story = seconds, [*task.story]
             if seconds > self.patience:
-                self.violations["turned away for too long"] += 1
+                self.violated("turned away for too long", run=f"run-{task.number}", waited=seconds, story=task.story)
 
     def tick(self) -> None:
         self.after(1.0, self.tick)
@@ -216,7 +251,7 @@ class World:
             lasting[id] = self.suspects.get(id, self.clock.time)
             if self.clock.time - lasting[id] > self.scene.terms.ttl + 70:
                 unwanted = "leak: runs on" if id in live else "leak: runs unknown"
-                self.violations[unwanted if id in self.rows else "leak: never ends"] += 1
+                self.violated(unwanted if id in self.rows else "leak: never ends", **self.about(id))
                 lasting[id] = float("inf")
         self.suspects = lasting
         if self.closed:
@@ -248,6 +283,7 @@ class World:
                 "select count(*), count(ended), count(distinct project || json_extract(spec, '$.key')) from sandboxes"
             )
             endings = run("select count(*), count(distinct id) from endings")
+            left = [*self.rows, *(id for (id,) in run("select id from sandboxes where ended is null limit 5"))]
         rows, ended, keys = creates[0]
         for name, bad in {
             "leak: never ends": rows - ended,
@@ -258,11 +294,10 @@ class World:
             "a host's books are off": sum(host.member.report().used != Budget(0) for host in self.hosts.values()),
             "a placement's books are off": sum(len(server.control.placement.booked()) for server in self.servers),
         }.items():
-            self.violations[name] += bad
-        self.violations["recovery past the ttl"] += sum(
-            1 for seconds in self.recovery if seconds > self.scene.terms.ttl
-        )
-        self.violations = +self.violations
+            if bad:
+                self.violated(name, bad, left=[self.about(id) for id in left[:5]])
+        if late := sorted(seconds for seconds in self.recovery if seconds > self.scene.terms.ttl):
+            self.violated("recovery past the ttl", len(late), seconds=late[-10:])
         self.ended = dict(self._by_state())
         self.rows_made = rows
 
@@ -273,9 +308,12 @@ class World:
         return total
 
 
-def simulate(scene: Scene, watch: Callable[[World], None] | None = None) -> World:
-    """Plays ``scene`` to its end -> the world, with ``violations`` (empty if every property held)."""
-    world = World(scene, watch)
+def simulate(
+    scene: Scene, watch: Callable[[World], None] | None = None, tell: Callable[[str], None] | None = None
+) -> World:
+    """Plays ``scene`` to its end -> the world, with ``violations`` (empty if every property held). ``watch`` sees the
+    world from time to time, ``tell`` gets a line for each violation as it happens."""
+    world = World(scene, watch, tell)
     fits = world.slots * scene.hosts
     wanted = {name: scene.live * part for name, part in (("red", 0.25), ("green", 0.25), ("blue", 0.5))}
     if scene.greedy:
@@ -403,6 +441,7 @@ def record(world: World, seconds: float) -> dict[str, Any]:
         "wait_p99_s": at(waits, 0.99),
         "wait_p9999_s": at(waits, 0.9999),
         "wait_most_s": round(world.longest, 1),
+        "wait_most_story": [f"{when:.0f} s: {what}" for when, what in world.story],
         "wait_bound_s": world.patience,
         "urgent_p50_s": at(urgent, 0.5),
         "urgent_p99_s": at(urgent, 0.99),

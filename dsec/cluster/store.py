@@ -98,6 +98,8 @@ create table if not exists sandboxes (id text primary key, project text not null
   created double precision not null, deadline double precision not null, ended double precision, spec text not null);
 create table if not exists requests (project text not null, key text not null, digest text not null,
   sandbox text not null, created double precision not null, primary key (project, key));
+create index if not exists requests_of on requests (project, sandbox);
+create index if not exists requests_by_age on requests (created);
 create table if not exists snapshots (id text primary key, project text not null, edge text not null);
 create table if not exists servers (id text primary key, seq bigint not null, waiting text not null);
 create unique index if not exists one_live_run on sandboxes (project, run) where ended is null;
@@ -331,6 +333,11 @@ class Store:
         """Server -> (how often it told, what it told last). One that tells no more is gone."""
         with self._database.transaction() as run:
             return {id: (seq, json.loads(waiting)) for id, seq, waiting in run("select * from servers")}
+
+    def unhear(self, server: str, seq: int) -> None:
+        """Forgets a server that has told nothing since ``seq``; should it live after all, it tells again."""
+        with self._database.transaction() as run:
+            run("delete from servers where id = ? and seq = ?", (server, seq))
 
     # Where files lie that only one Edge has
 

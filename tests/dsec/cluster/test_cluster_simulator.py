@@ -88,6 +88,17 @@ def test_three_hundred_thousand() -> None:
     assert world.peak >= 300_000
 
 
+def test_a_violation_says_what_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind names itself when it happens, with the sandbox, its row, its host and its lease."""
+    told: list[str] = []
+    monkeypatch.setattr(leases.Lease, "check", without_lease_check)
+    world = simulate(replace(SMALL, faults=("zone", "stall")), tell=told.append)
+    assert world.violations and told == world.notes
+    assert {note.split(": ")[1] for note in told} >= {"double run"}, world.violations
+    double = next(note for note in told if ": double run: " in note)
+    assert "run=run-" in double and "lease_left" in double and "'epoch " in double
+
+
 # Broken on purpose
 
 SQL = re.sub(r'"\s+"', "", Path(store.__file__).read_text())

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from dsec.cluster.clock import VirtualClock
+from dsec.cluster.control import SILENT, Control, Order
+from dsec.cluster.database import Sqlite
 from dsec.cluster.errors import Conflict, StoreUnavailable, UnknownProject
 from dsec.cluster.store import Budget, Edge, Key, Project, Row, Store, open_store
 from dsec.errors import QuotaExceeded
@@ -82,7 +85,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
         server = request.getfixturevalue("postgres")
         opened = open_store(server.url)
         with opened._database.transaction() as run:
-            run("truncate projects, keys, edges, sandboxes, requests")
+            run("truncate projects, keys, edges, sandboxes, requests, servers")
     opened.put_project(Project("p", max_live=3))
     opened.acquire(Edge("e1", capacity=Budget(8)))
     yield opened
@@ -280,3 +283,59 @@ def test_a_locked_database_is_said_and_writes_nothing(tmp_path: Path) -> None:
     assert store.sandboxes("p") == [] and live(store) == 0
     store.create(row("a"))
     assert live(store) == 1
+
+
+GROWING = ("sandboxes", "requests")
+"""Tables with a row for every create of the last hour."""
+
+
+def test_no_common_statement_reads_a_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a create, an end, a refusal and each second's looks ask must be found by an index: 300,000 simulated
+    sandboxes stood still on one DELETE that was not."""
+    asked: dict[str, tuple[object, ...]] = {}
+    plain = Sqlite._run
+
+    def run(self: Sqlite, statement: str, parameters: tuple[object, ...] = ()) -> list[object]:
+        asked[statement] = parameters
+        return plain(self, statement, parameters)
+
+    store = open_store(f"sqlite:{tmp_path}/cluster.db")
+    store.put_project(Project("p"))
+    store.acquire(Edge("e1", capacity=Budget(8)))
+    monkeypatch.setattr(Sqlite, "_run", run)
+    for id in "abc":
+        store.create(row(id, run="r"), key=id, digest="1")
+    store.withdraw(row("a"))
+    moved = store.move(store.create(row("d")), "e2", 1)
+    assert moved
+    store.finish([("d", "e2", 1, "stopped", "")], 1.0)
+    store.change("b", "stopping")
+    store.sweep(1.0)
+    store.fence("e1", 1, 0, 1.0)
+    store.purge(1.0)
+    store.owned("e1", 1)
+    store.below(1)
+    store.last_of_run("p", "r")
+    store.sandboxes("p")
+    store.overdue(1.0)
+    for statement, parameters in asked.items():
+        plan = [text for *_, text in store._database._connection.execute("explain query plan " + statement, parameters)]  # type: ignore[attr-defined]
+        scans = [
+            text for text in plan if text.startswith("SCAN") and text.split()[1] in GROWING and "INDEX" not in text
+        ]
+        assert not scans, f"{statement}: {scans}"
+    assert any("delete from requests where project" in statement for statement in asked)
+
+
+def test_a_server_that_starts_does_not_wait_for_those_that_died(store: Store) -> None:
+    """Queues that dead servers left in the store count no more, and are not kept for every server to come."""
+    clock = VirtualClock(5.0)
+    for n in range(4):
+        store.tell(f"dead{n}", {"9": {"p": 3}})
+    servers = [Control(store, clock, servers=2, new_id=iter([f"server{n}", *"xyz"]).__next__) for n in range(2)]
+    for _ in range(SILENT + 1):
+        for server in servers:
+            server.refresh()
+    assert set(store.heard()) == {"server0", "server1"}, "the living stay, though one of them has just started"
+    servers[0].submit(Order("p"), None)
+    assert servers[0]._our_turn()
