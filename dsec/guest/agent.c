@@ -35,7 +35,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { VERSION = 1, MAX_FRAME = 1 << 20, PIECE = 1 << 16, BUSY = 1 << 18 };
+enum { VERSION = 2, MAX_FRAME = 1 << 20, PIECE = 1 << 16, BUSY = 1 << 18 };
 static const char MAGIC[] = "\x93""dsec\x1f""open\xe7\x0a\x5b\xc2\x80"; /* 16 bytes with the final NUL */
 
 struct buf { char *p; size_t n, cap; };

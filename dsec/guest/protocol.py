@@ -33,7 +33,8 @@ from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, Time
 from dsec.guest.streams import KINDS, Streams
 from dsec.types import EntryInfo
 
-VERSION = 1
+VERSION = 2
+"""Raised when an older agent and this host would misunderstand each other: snapshots of machines hold agents."""
 MAX_FRAME = 1 << 20
 CHUNK = 512 * 1024
 """Bytes a read or write moves per frame."""

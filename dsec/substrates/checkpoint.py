@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsec.errors import ImageError, NotFound, SubstrateUnavailable
+from dsec.guest.protocol import VERSION
 from dsec.substrates import qemu
 from dsec.substrates.qemu import Ram
 
@@ -72,6 +73,9 @@ class Checkpoint:
             raise NotFound(f"no checkpoint at {folder}, or its disk is gone: {error}") from None
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ImageError(f"{folder} is no checkpoint of a machine: {error!r}") from None
+        if (agent := meta.get("agent", 1)) != VERSION:  # it runs in there, and nobody can exchange it
+            text = f"the agent in the checkpoint {folder} speaks version {agent}, this host version {VERSION}"
+            raise ImageError(f"{text}: snapshots of machines do not outlive a change of that; boot a new one")
         if now != meta:
             changed = [key for key in now if now[key] != meta.get(key)]
             raise ImageError(f"the checkpoint {folder} does not fit this host any more: {', '.join(changed)} changed")
@@ -80,7 +84,7 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """All but the memory, as JSON."""
         shape = {"memory": self.memory, "cpus": self.cpus, "accel": self.accel}
-        return {**shape, "root": self.root.describe(), "qemu": qemu_identity()}
+        return {**shape, "root": self.root.describe(), "qemu": qemu_identity(), "agent": VERSION}
 
     def load(self) -> Ram:
         """Its memory, sealed; read from the folder the first time."""

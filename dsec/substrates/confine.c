@@ -73,8 +73,13 @@ static void own_root(void) { /* built on /sys, which is always there and which n
         close(fd);
         bind_to(from, to, 0);
     }
-    if (mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible,subset=pid")) /* only root may */
-        bind_to("/proc", "proc", 0);
+    if (mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible,subset=pid")) { /* only root may */
+        snprintf(from, sizeof from, "/proc/%d", getpid());
+        snprintf(to, sizeof to, "proc/%d", getpid());
+        if (mkdir(to, 0555)) die(to);
+        bind_to(from, to, 0);
+        if (symlink(to + strlen("proc/"), "proc/self")) die("proc/self");
+    }
     if (mount(NULL, "/sys", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID, NULL)) die("read-only root");
     if (syscall(SYS_pivot_root, ".", ".") || umount2(".", MNT_DETACH) || chdir("/")) die("pivot_root");
 }

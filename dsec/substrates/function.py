@@ -72,6 +72,10 @@ class FunctionSubstrate:
         return Probe(good, "forked workers of this interpreter", "", time.perf_counter() - start)
 
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> Functions:
+        if spec.runtime:
+            raise InvalidRequest(
+                f'a function has no runtime (its image is its variant): runtime="", not {spec.runtime!r}'
+            )
         variant = "forked" if spec.image == "host" else spec.image
         if variant not in LEVELS:
             raise InvalidRequest(f"a function's image is its variant, {', '.join(LEVELS)}, not {spec.image!r}")

@@ -11,13 +11,14 @@ import hashlib
 import os
 import re
 import secrets
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsec.errors import DsecError
+from dsec.errors import DsecError, Timeout
 from tests.dsec.conftest import Host
 
 PYTHON = "/usr/bin/python3"
@@ -156,6 +157,36 @@ def test_5_memory_of_every_kind_is_counted(root_host: Host, bomb: str) -> None:
         assert box.commands.run("echo alive").stdout == "alive\n"
 
 
+def test_5_inotify_bombs_take_the_boxes_own(host: Host) -> None:
+    """The kernel counts inotify instances per user and charges a user namespace's to who made it. As root falls with a
+    namespace made by root (one box's 128 instances were then all the host's root has), as an ordinary user without
+    a limit in the namespace."""
+    bomb = (
+        "import ctypes, os, time\nlibc, said = ctypes.CDLL(None), open('/root/said', 'w')\n"
+        "made = 0\nwhile libc.inotify_init1(0) >= 0: made += 1\n"
+        "os.mkdir('/tmp/w')\nwatched = 0\n"
+        "try:\n for i in range(100000):\n"
+        "  os.mkdir(f'/tmp/w/{i}'); watched += libc.inotify_add_watch(4, f'/tmp/w/{i}'.encode(), 4095) > 0\n"
+        "except OSError: pass\nprint(made, watched, file=said, flush=True)\ntime.sleep(60)"
+    )
+    one = "import ctypes; print(ctypes.CDLL(None).inotify_init1(0) >= 0)"
+    with host.create(memory=64, disk=16, timeout=120) as box, host.create(timeout=120) as neighbour:
+        if not Path(PYTHON).exists():
+            pytest.skip("the host image has no python3: apt-get install python3-minimal")
+        handle = box.commands.run([PYTHON, "-c", bomb], background=True)
+        end = time.monotonic() + 40
+        while not (said := box.commands.run("cat said", check=False).stdout) and time.monotonic() < end:
+            time.sleep(0.1)
+        made, watched = map(int, said.split())
+        assert made > 10 and watched > 10, "the bomb went off"
+        as_whom: dict[str, Any] = {"user": host.uid, "extra_groups": []} if host.uid != os.geteuid() else {}
+        outside = subprocess.run([PYTHON, "-c", one], capture_output=True, text=True, cwd="/", **as_whom)
+        assert outside.stdout == "True\n", f"{made} instances in a box, none left outside"
+        assert python(neighbour, one).stdout == "True\n"
+        handle.kill()
+        assert python(box, one).stdout == "True\n", "they end with their process"
+
+
 def test_7_space_of_deleted_files_and_holes_is_counted(host: Host) -> None:
     """Falls with a plain folder as the upper layer."""
     script = (
@@ -192,6 +223,33 @@ def sleeping(mark: str) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+def test_8_a_flood_that_is_killed_in_the_middle(host: Host) -> None:
+    """Commands that write without end, killed while they do: by their handle, by a timeout, with their box. Falls
+    without the kill of the group."""
+    flood = "yes 0123456789012345678901234567890123456789 & yes err >&2 & head -c 100000000 /dev/zero; wait"
+    with host.create(timeout=120) as box:
+        for delay in (0.0, 0.02, 0.2):
+            handle = box.commands.run(flood, background=True, limit=100_000)
+            time.sleep(delay)
+            began = time.monotonic()
+            handle.kill()
+            result = handle.wait(check=False)
+            assert time.monotonic() - began < 10 and result.exit_code == 137
+            assert len(result.stdout) <= 100_000 and len(result.stderr) <= 100_000
+        with pytest.raises(Timeout):
+            box.commands.run(flood, timeout=0.3, limit=100_000)
+        assert box.commands.run("echo well").stdout == "well\n"
+        assert "yes" not in box.commands.run("cat /proc/[0-9]*/comm 2>/dev/null", check=False).stdout.split()
+        floods = [box.commands.run(flood, background=True, limit=100_000) for _ in range(4)]
+        time.sleep(0.1)
+        began = time.monotonic()
+        box.kill()
+        assert time.monotonic() - began < 10
+        for handle in floods:
+            with pytest.raises(DsecError):
+                handle.wait(check=False)
 
 
 def test_9_nothing_of_a_destroyed_box_is_left(host: Host) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dsec.errors import InvalidRequest, NotFound, SandboxFailed, Timeout
-from dsec.substrates.function import LEVELS, Functions
+from dsec.substrates.function import LEVELS, Functions, FunctionSubstrate
 from dsec.types import Spec
 from tests.dsec.conftest import IS_ROOT, Host
 
@@ -145,3 +145,10 @@ def test_through_the_sdk(root_host: Host) -> None:
         assert box.get_info().isolation == 1
     with pytest.raises(InvalidRequest, match="variant"):
         root_host.create(substrate="function", image="python")
+
+
+@pytest.mark.parametrize("runtime", ["runc", "firecracker", "qemu"])
+def test_a_runtime_is_an_error_and_not_ignored(tmp_path: Path, runtime: str) -> None:
+    spec = Spec(substrate="function", runtime=runtime)
+    with pytest.raises(InvalidRequest, match=f"a function has no runtime .* not '{runtime}'"):
+        asyncio.run(FunctionSubstrate(tmp_path).create("f", spec, tmp_path))

@@ -1,6 +1,7 @@
 """A microVM is a real machine with its own kernel; clones share memory, not state; nothing is left when it is gone."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -11,6 +12,9 @@ import pytest
 from vm_bench import SPEC, Bench, shell
 
 from dsec.errors import ImageError, InvalidRequest, NotFound
+from dsec.guest import build
+from dsec.guest.protocol import VERSION
+from dsec.substrates.checkpoint import NAME, Checkpoint, Root
 from dsec.substrates.microvm import MicroVMSubstrate, VirtualMachine
 
 
@@ -223,3 +227,20 @@ def test_killing_qemu_is_seen(bench: Bench) -> None:
 def test_a_runtime_it_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="a microvm has one runtime, QEMU"):
         asyncio.run(MicroVMSubstrate(tmp_path).create("m", SPEC.but(runtime="firecracker"), tmp_path))
+
+
+def test_a_snapshot_with_an_older_agent_is_refused(home: Path, tmp_path: Path) -> None:
+    """The agent of a snapshot runs in its memory: a host that speaks otherwise says so before it starts a machine."""
+    meta = {**Checkpoint(tmp_path, 128, 1, "tcg", Root()).describe()}
+    (tmp_path / NAME).write_text(json.dumps(meta))
+    assert Checkpoint.read(tmp_path).memory == 128
+    for agent in (None, VERSION - 1, VERSION + 1):  # none was noted before version 2
+        older = {key: value for key, value in {**meta, "agent": agent}.items() if value is not None}
+        (tmp_path / NAME).write_text(json.dumps(older))
+        with pytest.raises(ImageError, match=f"speaks version {agent or 1}, this host version {VERSION}"):
+            asyncio.run(MicroVMSubstrate(home).create("m", SPEC, tmp_path / "box", tmp_path))
+
+
+def test_the_agents_version_is_the_hosts() -> None:
+    source = (Path(build.__file__).parent / "agent.c").read_text()
+    assert f"enum {{ VERSION = {VERSION}," in source

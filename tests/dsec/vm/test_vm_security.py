@@ -7,22 +7,26 @@
 import asyncio
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vm_bench import SPEC, Bench, shell
 
 from dsec.errors import ImageError, InvalidRequest, NotFound, SandboxFailed
-from dsec.guest.protocol import MAGIC, MAX_FRAME, fields, frame
+from dsec.guest import build
+from dsec.guest.protocol import MAGIC, MAX_FRAME, VERSION, fields, frame
 from dsec.substrates.checkpoint import disk_size, qcow2
 from dsec.substrates.microvm import HANG, GuestAgent, VirtualMachine
 from dsec.substrates.qemu import Qemu, Ram
+from tests.dsec.conftest import ORDINARY
 
-HELLO = MAGIC + frame(b"H", 0, fields([("version", 1), ("pid", 1)]))
+HELLO = MAGIC + frame(b"H", 0, fields([("version", VERSION), ("pid", 1)]))
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the host id is changed only then")
 
 
@@ -305,3 +309,24 @@ def test_13_a_disk_image_cannot_name_files_of_the_host(tmp_path: Path) -> None:
     image.write_bytes(b"QFI\xfb")
     with pytest.raises(ImageError, match="no qcow2"):
         disk_size(image, "qcow2")
+
+
+def test_1_an_ordinary_users_qemu_sees_only_itself(tmp_path: Path) -> None:
+    """What becomes QEMU, with a shell in its place: an ordinary user may mount no /proc of its own there."""
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("no C compiler: apt-get install gcc libc6-dev")
+    tmp_path.chmod(0o755)
+    for folder in tmp_path.parents:
+        if folder.name.startswith("pytest-"):
+            folder.chmod(0o755)
+    confine = build.program(Path(build.__file__).parents[1] / "substrates" / "confine.c", tmp_path)
+    script = "cd /proc; for f in *; do echo $f; done; echo $$ $(readlink self); ls -d self/fd /proc/1 /proc/sys"
+    command = [str(confine), "--files", "65536", "--", "/bin/sh", "-c", script]
+    ordinary: dict[str, Any] = {"user": ORDINARY, "group": ORDINARY, "extra_groups": []} if os.geteuid() == 0 else {}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd="/", **ordinary)
+    if "namespaces" in done.stderr:
+        pytest.skip(f"this kernel gives an ordinary user no namespaces: {done.stderr}")
+    *names, who, own = done.stdout.splitlines()
+    pid, itself = who.split()
+    assert (pid, own) == (itself, "self/fd") and names == [pid, "self"], done
+    assert "/proc/1" in done.stderr and "/proc/sys" in done.stderr, "neither is there"
