@@ -114,9 +114,11 @@ class Cgroup:
         bytes_, quota = memory << 20, int(cpu * 100_000)
         v1 = {name: folder / str(self.slot) for name, folder in self.where.v1.items()}
         if v1:
-            _write(v1["memory"] / "memory.limit_in_bytes", bytes_)
-            for name, value in (("memory.memsw.limit_in_bytes", bytes_), ("memory.swappiness", 0)):
-                if (v1["memory"] / name).exists():  # kernels without swap accounting lack the first
+            names = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]
+            if 0 < _read(v1["memory"] / names[1]) < bytes_:  # neither may ever be above the second
+                names.reverse()
+            for name, value in [*((name, bytes_) for name in names), ("memory.swappiness", 0)]:
+                if name == "memory.limit_in_bytes" or (v1["memory"] / name).exists():  # swap may not be accounted for
                     _write(v1["memory"] / name, value)
             _write(v1["pids"] / "pids.max", pids)
             if "cpu" in v1:

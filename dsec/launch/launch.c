@@ -180,6 +180,8 @@ int main(int argc, char **argv) {
     else if (unshare(CLONE_NEWNS)) die("mount namespace");
     if (mount("", "/", NULL, MS_REC | MS_PRIVATE, NULL)) die("private mounts");
 
+    if (users >= 0 && !oci) umount2("/sys", MNT_DETACH); /* bubblewrap reads the list of mounts for each of its own */
+
     const char *disk = "disk", *merged = oci ? "/mnt" : "/sys", *upper = "disk/upper", *work = "disk/work";
     char options[4096]; /* the kernel takes a page, so every path that can be is relative to the root */
     if (oci) runtime_folder(oci, base);

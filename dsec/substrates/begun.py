@@ -32,6 +32,8 @@ class Begun:
     pid: int = 0
     control: int = -1
     """Our end of the launcher's pipe."""
+    limits: tuple[float, int, int] | None = None
+    """What its cgroup was limited to, if anything."""
 
     @classmethod
     def begin(cls, folder: Path, groups: Hierarchy, root: bool) -> Begun:
@@ -48,6 +50,12 @@ class Begun:
                 group.remove()
             raise
         return cls(folder, group, listener)
+
+    def limit(self, cpu: float, memory: int, pids: int) -> None:
+        """See Cgroup.limit; most sandboxes want what was already set while nobody waited."""
+        if self.group is not None and self.limits != (cpu, memory, pids):
+            self.group.limit(cpu, memory, pids)
+            self.limits = (cpu, memory, pids)
 
     @property
     def first(self) -> list[str]:

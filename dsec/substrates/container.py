@@ -108,8 +108,7 @@ class ContainerSubstrate:
                 disk = ["--loop", str(await asyncio.to_thread(_disk_image, folder, spec.disk))]
             if begun is None:
                 begun = Begun.begin(folder, self.groups, self.root)
-            if begun.group is not None:
-                begun.group.limit(spec.cpu, spec.memory + runtime.memory, int(spec.pids) + runtime.pids)
+            begun.limit(spec.cpu, spec.memory + runtime.memory, int(spec.pids) + runtime.pids)
             arguments = self._arguments(folder, spec, disk, lowers, mounts)
             pid = begun.go(arguments) or self._spawn(begun, arguments)
             agent = await Agent.connect(folder / "agent.sock", serial=runtime.serial)
@@ -147,6 +146,9 @@ class ContainerSubstrate:
             folder.mkdir(mode=0o700)
             begun = Begun.begin(folder, self.groups, self.root)
             self._standby.append(begun)  # good for a start even if its launcher cannot be started now
+            usual = Spec()
+            begun.limit(usual.cpu, usual.memory + BWRAP.memory, usual.pids + BWRAP.pids)
+            (folder / "disk").mkdir(mode=0o700)
             end, control = os.pipe()
             try:
                 begun.wait(self._spawn(begun, ["--wait", "5"], end), control)
