@@ -73,6 +73,10 @@ class Spec(Record):
     """Refuse a substrate whose isolation level is lower (see ISOLATION)."""
     trajectory: str | None = None
     branch: str = "main"
+    snapshot_steps: int = 0
+    """With a trajectory: capture its files every so many steps (0: never)."""
+    snapshot_seconds: float = 0.0
+    """The same by time, when something was done since."""
     idempotency_key: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +92,8 @@ class Spec(Record):
             for key, value in getattr(self, name).items():
                 if not isinstance(key, str) or not isinstance(value, str) or "\0" in key + value or "=" in key:
                     raise InvalidRequest(f"{name} must map strings to strings, not {key!r}: {value!r}")
+        if not (0 <= self.snapshot_steps < 2**31 and 0 <= self.snapshot_seconds < 2**31):
+            raise InvalidRequest(f"no schedule: {self.snapshot_steps!r} steps, {self.snapshot_seconds!r} seconds")
         if not 0 <= self.isolation_min <= 4:
             raise InvalidRequest(f"isolation_min is 0 to 4, not {self.isolation_min!r}")
 
@@ -151,6 +157,10 @@ class SandboxInfo(Record):
     trajectory: str | None = None
     reason: str = ""
     """Why it failed or died, in one line."""
+    resumed: dict[str, Any] | None = None
+    """Of a trajectory: {"files", "step", "steps"}. Results of all `steps` are there; of the files those after `step`:
+    files "alive" (all), "behind" (a snapshot: later idempotent steps run again) or "lost". "snapshot_failed": why the
+    last one on schedule is missing."""
 
 
 @dataclass(frozen=True)

@@ -237,9 +237,10 @@ class Node:
         if self.member.refuse(id):
             return {"killed": False}
         if notice:
-            with contextlib.suppress(DsecError):
-                await self.edge.call("log_snapshot", {"id": self.boxes[id].id})
-            await asyncio.sleep(notice)
+            end = asyncio.get_running_loop().time() + notice
+            with contextlib.suppress(DsecError):  # it has no trajectory, or the log says why there is no snapshot
+                await self.edge.call("preempt", {"id": self.boxes[id].id, "notice": notice})
+            await asyncio.sleep(max(0.0, end - asyncio.get_running_loop().time()))
         await self._destroy({id: reason})
         with contextlib.suppress(StoreUnavailable):
             await asyncio.to_thread(self.member.flush)

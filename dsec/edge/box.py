@@ -126,11 +126,16 @@ class Box:
     gateway: Gateway | None = None
     source: str = ""
     """The snapshot it was made from."""
+    image_digest: str = ""
+    """What its image contained, as its trajectory has recorded it."""
+    resumed: dict[str, Any] | None = None
+    saver: asyncio.Task[None] | None = None
+    preempted: bool = False
 
     def info(self) -> SandboxInfo:
         return SandboxInfo(
             self.id, self.spec.substrate, self.spec.image, self.state, self.isolation, self.capabilities, self.created,  # type: ignore[arg-type]
-            self.deadline, self.host, self.spec.metadata, self.spec.trajectory, self.reason,
+            self.deadline, self.host, self.spec.metadata, self.spec.trajectory, self.reason, self.resumed,
         )  # fmt: skip
 
     def save(self) -> None:
@@ -139,7 +144,7 @@ class Box:
         state = {
             "spec": self.spec.as_dict(), "created": self.created, "deadline": self.deadline, "state": self.state,
             "left": self.left, "source": self.source, "running": self.running.state() if self.running else None,
-            "isolation": self.isolation, "capabilities": self.capabilities,
+            "isolation": self.isolation, "capabilities": self.capabilities, "image_digest": self.image_digest,
         }  # fmt: skip
         path, line = self.folder / "state.jsonl", b"\n" + json.dumps(state).encode() + b"\n"
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

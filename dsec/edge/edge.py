@@ -14,24 +14,21 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsec.edge.box import Box, recorded, unrecorded
-from dsec.edge.commands import CommandOperations, Unknown
+from dsec.edge.box import Box, recorded
+from dsec.edge.commands import CommandOperations
 from dsec.edge.files import FileOperations, sync_tree
 from dsec.edge.pool import Pool
+from dsec.edge.trajectories import TrajectoryOperations
 from dsec.errors import (
     Capacity,
     DsecError,
     InvalidRequest,
     NotFound,
-    OutcomeUnknown,
-    SandboxFailed,
-    StateLost,
     SubstrateUnavailable,
-    Timeout,
 )
 from dsec.launch.cgroups import abandon
 from dsec.network.gateway import NetworkOperations
@@ -42,7 +39,7 @@ MAX_LIVE = 2000
 Answer = dict[str, Any]
 
 
-class Edge(CommandOperations, FileOperations, NetworkOperations):
+class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOperations):
     """See the module. `start` adopts what an earlier Edge left; `stop` ends this process's part, not the sandboxes."""
 
     def __init__(self, home: Path, host: str = "", max_live: int | None = None) -> None:
@@ -62,6 +59,8 @@ class Edge(CommandOperations, FileOperations, NetworkOperations):
     async def start(self) -> None:
         for folder in (self.home / "sandboxes", self.snapshots):  # 0700: a snapshot may hold setuid files of id 0
             folder.mkdir(exist_ok=True, mode=0o700)
+        for scratch in self.snapshots.glob(".*"):  # a capture that was killed
+            await asyncio.to_thread(shutil.rmtree, scratch, True)
         await asyncio.gather(*(self._adopt(folder) for folder in sorted((self.home / "sandboxes").iterdir())))
 
     async def stop(self, destroy: bool = False) -> None:
@@ -93,12 +92,8 @@ class Edge(CommandOperations, FileOperations, NetworkOperations):
             await asyncio.to_thread(abandon, folder)  # never finished being made
             return
         box = Box(folder.name, spec, folder, self.host, state["isolation"], state["capabilities"], state["created"])
-        box.deadline, box.state, box.left, box.source = (
-            state["deadline"],
-            state["state"],
-            state["left"],
-            state["source"],
-        )
+        box.deadline, box.state, box.left = state["deadline"], state["state"], state["left"]
+        box.source, box.image_digest = state["source"], state.get("image_digest", "")
         try:
             if state["running"] is None:
                 raise NotFound("it was being made when the Edge ended")
@@ -270,6 +265,8 @@ class Edge(CommandOperations, FileOperations, NetworkOperations):
     def _release(self, box: Box) -> None:
         if box.gateway is not None:
             box.gateway.close()
+        if box.saver is not None and box.saver is not asyncio.current_task():
+            box.saver.cancel()
         if box.trajectory is not None:
             box.trajectory.release()
             box.trajectory = None
@@ -343,14 +340,28 @@ class Edge(CommandOperations, FileOperations, NetworkOperations):
         return folder
 
     async def op_snapshot(self, id: str) -> Answer:
-        box = self._box(id)
-        name = f"snap-{secrets.token_hex(8)}"
+        return {"snapshot": await self.capture(self._box(id), f"snap-{secrets.token_hex(8)}")}
+
+    async def capture(self, box: Box, name: str, **meta: Any) -> str:
+        """The box's files as they are, durable under `name`: whole or not at all."""
+        from dsec.trajectory.failpoint import crash  # here: an Edge without trajectories starts without the log
+        from dsec.trajectory.segment import sync_folder
+
         scratch = self.snapshots / f".{name}"
-        await box.alive().snapshot(scratch)
-        (scratch / "meta.json").write_text(json.dumps({"image": box.spec.image, "substrate": box.spec.substrate}))
-        await asyncio.to_thread(sync_tree, scratch)
-        os.rename(scratch, self.snapshots / name)
-        return {"snapshot": name}
+        try:
+            await box.alive().agent.ping(30)  # a create answers before the sandbox is up
+            await box.alive().snapshot(scratch)
+            meta |= {"image": box.spec.image, "substrate": box.spec.substrate}
+            (scratch / "meta.json").write_text(json.dumps(meta))
+            crash("edge.half_snapshot")
+            await asyncio.to_thread(sync_tree, scratch)
+            os.rename(scratch, self.snapshots / name)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, scratch, True)
+            raise
+        await asyncio.to_thread(sync_folder, self.snapshots)
+        crash("edge.captured")
+        return name
 
     async def op_delete_snapshot(self, snapshot: str) -> None:
         await asyncio.to_thread(shutil.rmtree, self._snapshot(snapshot))
@@ -394,78 +405,7 @@ class Edge(CommandOperations, FileOperations, NetworkOperations):
 
         return await self._logged(box, "call", {"function": function, "args": args, "kwargs": kwargs}, act)
 
-    # trajectories
-
-    async def _open_log(self) -> Any:
-        if self.log is None:
-            from dsec.trajectory import TrajectoryLog
-
-            self.log = TrajectoryLog(self.home / "log")
-        return self.log
-
-    async def _resume(self, spec: Spec) -> SandboxInfo:
-        """The sandbox of a trajectory: new, the living one, one restored from its newest snapshot, or results only."""
-        log = await self._open_log()
-        trajectory = await log.open(spec.trajectory, spec, spec.branch)
-        mine = [
-            box for box in self.boxes.values() if box.state in ("running", "paused")
-            and (box.spec.trajectory, box.spec.branch) == (spec.trajectory, spec.branch)
-        ]  # fmt: skip
-        if mine:
-            box = mine[0]
-            if box.state == "paused":
-                await self.op_resume(box.id)
-            if trajectory.steps:
-                trajectory.attach("alive", journal=lambda step: self._journal(box, step))
-        elif not trajectory.steps:
-            box = await self.make(spec)
-        elif (snapshot := trajectory.newest_snapshot) is not None and (self.snapshots / str(snapshot.marker)).is_dir():
-            box = await self.make(spec, str(snapshot.marker))
-            trajectory.attach("behind", snapshot.step)
-        else:
-            box = await self.make(spec)  # its files are not those of the log, so nothing new may run in it
-            trajectory.attach("lost")
-        box.trajectory = trajectory
-        return box.info()
-
-    async def _journal(self, box: Box, step: int) -> Any:
-        """How a step ended inside a sandbox that is alive, as the trajectory asks when it finds no END."""
-        from dsec.trajectory import NOT_STARTED
-
-        if box.trajectory is None or box.trajectory._branch.entries[step].kind != "commands.run":
-            return None  # only commands are in the agent's journal
-        commands = [command for command in box.commands.values() if command.step == step + 1]
-        if not commands:
-            return NOT_STARTED
-        try:
-            return (await asyncio.shield(commands[-1].result)).as_dict()
-        except Timeout as error:
-            return recorded(error)
-
-    async def _logged(
-        self, box: Box, kind: str, args: dict[str, Any], act: Callable[[int], Awaitable[Answer]],
-        idempotent: bool = False, on_unknown: Unknown = "fail",
-    ) -> Answer:  # fmt: skip
-        """The operation through the box's trajectory, if it has one."""
-        trajectory = box.trajectory
-        if trajectory is None:
-            return await act(0)
-        if trajectory.snapshot_due(on_unknown=on_unknown):
-            await trajectory.snapshot((await self.op_snapshot(box.id))["snapshot"])
-        ticket = await trajectory.begin(kind, args, idempotent=idempotent, on_unknown=on_unknown)
-        if hasattr(ticket, "result"):
-            return unrecorded({**ticket.result, "replayed": True})
-        if ticket.restore is not None:
-            await self._roll_back(box, str(ticket.restore))
-        try:
-            result = await act(ticket.step + 1)
-        except (SandboxFailed, StateLost, OutcomeUnknown):
-            raise  # how it ended is not known: the BEGIN stays without an END
-        except DsecError as error:
-            result = recorded(error)
-        return unrecorded(await trajectory.end(ticket, result))
-
-    async def _roll_back(self, box: Box, snapshot: str) -> None:
+    async def replace_files(self, box: Box, snapshot: str) -> None:
         """Gives the box the files of a snapshot: a fresh sandbox under the same name."""
         if box.watcher is not None:
             box.watcher.cancel()
@@ -480,12 +420,3 @@ class Edge(CommandOperations, FileOperations, NetworkOperations):
         await old.destroy()
         box.save()
         self._watch(box)
-
-    async def op_log_snapshot(self, id: str) -> Answer:
-        """Captures the files into the trajectory, so that a resume after the sandbox's death goes on from here."""
-        box = self._box(id)
-        if box.trajectory is None:
-            raise InvalidRequest(f"sandbox {id} has no trajectory")
-        answer = await self.op_snapshot(id)
-        await box.trajectory.snapshot(answer["snapshot"])
-        return answer

@@ -17,7 +17,16 @@ from typing import Any
 
 SCHEMA = 1
 ROOT = "0" * 64  # the key before step 0
-NOT_IDENTITY = ("timeout", "metadata", "trajectory", "branch", "idempotency_key", "isolation_min")
+NOT_IDENTITY = (
+    "timeout",
+    "metadata",
+    "trajectory",
+    "branch",
+    "idempotency_key",
+    "isolation_min",
+    "snapshot_steps",
+    "snapshot_seconds",
+)
 """Fields of a Spec that do not change what a command does."""
 
 _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

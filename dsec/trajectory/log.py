@@ -206,7 +206,8 @@ class TrajectoryLog(Records):
                 taken = self.take_epoch(wanted.stream, epoch, found.epoch)
             if found is None and taken > 1 and (quarantine := self.folder / "quarantine").exists():
                 raise corrupt(quarantine, 0, f"the records of {wanted.trajectory!r}@{wanted.name} may be in it")
-        return await self.adopt(found or wanted, taken, wanted.identity, wanted.image, on_divergence)
+        image = wanted.image if found is None or found.image else ""  # recorded without one: nothing to compare with
+        return await self.adopt(found or wanted, taken, wanted.identity, image, on_divergence)
 
     async def adopt(self, branch: Branch, epoch: int, identity: Any, image: str, on_divergence: str) -> Trajectory:
         """Makes this process the writer of `branch` under `epoch` (which it has taken) and says so in the log."""

@@ -102,8 +102,32 @@ class Trajectory:
         return [i for i, e in enumerate(entries) if not (e.ended or e.aborted or e.running)]
 
     @property
+    def snapshots(self) -> list[Snapshot]:
+        """From the oldest to the newest."""
+        return self._branch.snapshots
+
+    @property
     def newest_snapshot(self) -> Snapshot | None:
         return self._branch.snapshots[-1] if self._branch.snapshots else None
+
+    @property
+    def children(self) -> list[tuple[str, int]]:
+        """(branch, step) of those forked from it."""
+        return self._branch.children
+
+    @property
+    def stream(self) -> int:
+        """The branch's number in the log."""
+        return self._branch.stream
+
+    async def settled(self) -> None:
+        """Returns when none of its steps runs."""
+        while running := [entry.running for entry in self._branch.entries if entry.running]:
+            await asyncio.wait(running)
+
+    async def note(self, **fields: Any) -> None:
+        """A remark in the log, for people."""
+        await self.log.append(self._held(), "NOTE", step=self.steps, **fields)
 
     def attach(
         self,
@@ -227,12 +251,21 @@ class Trajectory:
         by_steps = every_steps > 0 and steps - step >= every_steps
         return steps > step and (by_steps or 0 < every_seconds <= time.monotonic() - when)
 
-    async def snapshot(self, marker: Any) -> Snapshot:
-        """Records that `marker` (JSON) names the files as they are after all recorded steps; it is durable already."""
+    def quiet(self) -> int:
+        """How many steps the files contain, if exactly that can be said now; InvalidRequest otherwise. Asked before a
+        capture, and again by `snapshot`: what is captured while a step runs is the state after no step."""
         branch = self._owned()
         if branch.running or self.files != "alive" or self.unfinished:
             raise InvalidRequest(f"no snapshot of {branch.name!r}: files {self.files}, {branch.running} steps running")
-        taken = Snapshot(len(branch.entries), marker)
+        return len(branch.entries)
+
+    async def snapshot(self, marker: Any, at: int | None = None) -> Snapshot:
+        """Records that `marker` (JSON) names the files as they are after all recorded steps; it is durable already.
+        `at`: what `quiet` said before they were captured."""
+        now = self.quiet()
+        if at is not None and at != now:
+            raise InvalidRequest(f"no snapshot of {self.branch!r}: {now - at} steps ran while it was captured")
+        branch, taken = self._branch, Snapshot(now, marker)
         await self.log.append(branch, "SNAP", step=taken.step, marker=marker)
         branch.snapshots.append(taken)
         self._snapshot = (taken.step, time.monotonic())

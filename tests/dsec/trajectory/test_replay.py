@@ -100,8 +100,11 @@ def test_a_different_question_is_divergence_and_names_the_field(tmp_path: Path) 
             await other.begin("run", {"command": "a"})
         same = await log.open("t", SPEC.but(timeout=9.0, metadata={"a": "b"}))
         assert isinstance(await same.begin("run", {"command": "a"}), Replay), "how long it may live is not what it does"
-        other = await log.open("t", SPEC, image_digest="sha256:0")
-        with pytest.raises(Diverged, match="image"):
+        later = await log.open("t", SPEC, image_digest="sha256:0")
+        assert isinstance(await later.begin("run", {"command": "a"}), Replay), "recorded when nobody knew the digest"
+        await step(await log.open("u", SPEC, image_digest="sha256:0"), "a")
+        other = await log.open("u", SPEC, image_digest="sha256:1")
+        with pytest.raises(Diverged, match="image was 'sha256:0', is 'sha256:1'"):
             await other.begin("run", {"command": "a"})
         log.close()
 
