@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from dsec.errors import DsecError, ImageError
 from dsec.images import erofs
 from dsec.images.fuse import FuseFile
-from dsec.images.loader import Loader, Sparse
+from dsec.images.loader import FETCHERS, Loader, Sparse
 from dsec.images.manifest import Layer, fetch_chunk
 from dsec.images.store import open_store
 
@@ -50,27 +50,36 @@ ORDER = struct.Struct("<QQ")  # offset and bytes to read ahead; a pipe never tea
 class Served:
     """One layer as its process sees it. `latency` (seconds added to each fetch) is for benchmarks."""
 
-    def __init__(self, images: Path, digest: str, latency: float) -> None:
+    def __init__(self, images: Path, digest: str, latency: float, store: str) -> None:
         self.digest, self.latency, self.folder = digest, latency, images / "lazy" / digest
         self.whole, self.trace = images / "layers" / f"{digest}.erofs", images / "layers" / f"{digest}.trace"
         self.layer = Layer.decode((images / "layers" / f"{digest}.json").read_bytes(), digest)
-        self.store = open_store(os.environ["DSEC_STORE"])
+        self.store = open_store(store)
+
+    def known(self) -> list[int] | None:
+        """The start trace, if there is one."""
+        trace: list[int] | None = json.loads(self.trace.read_bytes()) if self.trace.exists() else None
+        return trace
 
     def fetch(self, chunk: str) -> bytes:
         if self.latency:
             time.sleep(self.latency)
         return fetch_chunk(self.store, chunk)
 
-    def work(self, fd: int, again: bool, reader: int, orders: int) -> None:
-        """Serves the file until it is unmounted. `reader`: the process that reads ahead as `orders` say."""
+    def work(self, fd: int, again: bool, here: list[int], reader: int, orders: int) -> None:
+        """Serves the file until it is unmounted. `here`: chunks that whoever mounts has already put in its place.
+        `reader`: the process that reads ahead as `orders` say."""
 
         def warm(offset: int, size: int) -> None:
             with contextlib.suppress(BlockingIOError, BrokenPipeError):  # advice may be lost
                 os.write(orders, ORDER.pack(offset, size))
 
-        trace = json.loads(self.trace.read_bytes()) if self.trace.exists() else None
-        loader = Loader(Sparse(self.folder, self.layer), self.fetch, trace, warm)
+        trace = self.known()
+        sparse = Sparse(self.folder, self.layer)
+        sparse.vouch(here)
+        loader = Loader(sparse, self.fetch, trace, warm)
         loader.threads.add(reader)
+        loader.fetched = sum(min(self.layer.chunk, self.layer.size - i * self.layer.chunk) for i in here)
         loader.start()
         stop = threading.Event()
         keeper = threading.Thread(target=self._keep, args=(loader, stop))
@@ -136,7 +145,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _supervise(images: Path, digest: str, ready: int, latency: float) -> None:
     """Mounts the file, runs a worker, and another if it dies; gives up (the mount then fails reads) after RESTARTS."""
-    served = Served(images, digest, latency)
+    served = Served(images, digest, latency, os.environ["DSEC_STORE"])
     target = served.folder / "file"
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={fd},rootmode=100444,user_id=0,group_id=0,allow_other"
@@ -152,6 +161,8 @@ def _supervise(images: Path, digest: str, ready: int, latency: float) -> None:
             os._exit(0)
     os.close(orders)
     os.set_blocking(told, False)
+    os.write(ready, b"m")
+    here = json.loads(sys.stdin.readline() or "[]")
     parent, failures, again = os.getpid(), 0, False
     while failures <= RESTARTS:
         started = time.monotonic()
@@ -163,7 +174,7 @@ def _supervise(images: Path, digest: str, ready: int, latency: float) -> None:
                 os.close(ready)
             code = 1
             try:
-                served.work(fd, again, reader, told)
+                served.work(fd, again, [] if again else here, reader, told)
                 code = 0
             except Exception:
                 traceback.print_exc()
@@ -196,7 +207,7 @@ def serve(images: Images, digest: str, latency: float = 0.0) -> Path:
     with open(folder / "log", "ab") as log:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             pass_fds=[write],
@@ -204,14 +215,54 @@ def serve(images: Images, digest: str, latency: float = 0.0) -> Path:
             env={**os.environ, "DSEC_STORE": str(images.url)},
         )
     os.close(write)
-    with open(read, "rb") as pipe:
-        if not select.select([pipe], [], [], READY_SECONDS)[0] or pipe.read() != b"ready":
+    ahead = Ahead(Served(images.folder, digest, latency, str(images.url)))  # its start takes longer than most traces
+    with open(read, "rb", buffering=0) as pipe:
+        mounted = select.select([pipe], [], [], READY_SECONDS)[0] and pipe.read(1) == b"m"
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # a dead one is seen in the next line
+            stdin.write(json.dumps(ahead.over()).encode() + b"\n")
+        if not mounted or not select.select([pipe], [], [], READY_SECONDS)[0] or pipe.read() != b"ready":
             process.kill()
             process.wait()
             tail = (folder / "log").read_text()[-400:]
             raise ImageError(f"layer {digest[:12]} cannot be loaded on demand: {tail}")
     threading.Thread(target=process.wait, daemon=True).start()  # so that it leaves no zombie
     return target
+
+
+class Ahead:
+    """Fetches what the start trace lists while the process that will serve it starts."""
+
+    def __init__(self, served: Served) -> None:
+        self._sparse, self._here, self._ended = Sparse(served.folder, served.layer), list[int](), False
+        chunks = served.layer.chunks
+        wanted = [index for index in served.known() or [] if 0 <= index < len(chunks) and not self._sparse.has(index)]
+        order, lock = iter(wanted), threading.Lock()
+
+        def work() -> None:
+            while not self._ended:
+                with lock:
+                    index = next(order, None)
+                if index is None:
+                    return
+                with contextlib.suppress(DsecError, OSError):  # whoever reads the chunk is told
+                    self._sparse.keep(index, served.fetch(chunks[index]))
+                    self._here.append(index)
+
+        self._threads = [threading.Thread(target=work, daemon=True) for _ in range(FETCHERS if wanted else 0)]
+        for thread in self._threads:
+            thread.start()
+
+    def over(self) -> list[int]:
+        """The chunks that are here by now; those on their way are still put in their place, for nobody."""
+        self._ended = True
+        threading.Thread(target=self._close, daemon=True).start()
+        return list(self._here)
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        self._sparse.close()
 
 
 def _fetch_trace(images: Images, digest: str) -> None:

@@ -52,6 +52,19 @@ class Sparse:
             self.missing -= 1
             self.dirty = True
 
+    def vouch(self, indexes: list[int]) -> None:
+        """Chunks that another process has put into `data`, which may not be on the disk yet."""
+        with self._lock:
+            for index in indexes:
+                if not self.has(index):
+                    self.bits[index >> 3] |= 1 << (index & 7)
+                    self.missing -= 1
+                    self.dirty = True
+
+    def close(self) -> None:
+        os.close(self.data)
+        os.close(self.map)
+
     def flush(self) -> None:
         """Data first, then the bits that vouch for it. OSError if the disk fails: what may be lost is forgotten."""
         with self._lock:
@@ -89,11 +102,14 @@ class Loader:
         self._turn = 0
         self._flights: dict[int, Future[bytes | None]] = {}
         self._lock = threading.Lock()
-        for index in trace or []:
-            if 0 <= index < len(self.layer.chunks):
-                self._want(TRACE, index)
+        self.trace = [index for index in trace or [] if 0 <= index < len(self.layer.chunks)]
+        for index in self.trace:
+            self._want(TRACE, index)
 
     def start(self) -> None:
+        for index in self.trace:
+            if self.sparse.has(index):
+                self.warm(index * self.layer.chunk, self.layer.chunk)
         for _ in range(FETCHERS):
             threading.Thread(target=self._work, daemon=True).start()
 

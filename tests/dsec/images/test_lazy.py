@@ -205,7 +205,10 @@ def test_the_start_is_traced_pushed_and_fetched_ahead(tmp_path: Path, pushed: tu
     third.mount(name)
     found = status(third, digest)
     assert found["chunks"] - found["missing"] >= len(order), "fetched before anybody asked"
-    assert found["fetched"] < found["size"] / 2
+    assert found["size"] / 2 > found["fetched"] >= (len(order) - 1) * CHUNK, "and counted, whoever fetched it"
+    for i in (9, 4):
+        (mounted,) = third.mount(name)
+        assert (mounted / f"f{i}").read_bytes() == want(tmp_path, i)
 
 
 def test_the_first_start_tells_the_others_by_itself(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
@@ -220,6 +223,32 @@ def test_the_first_start_tells_the_others_by_itself(tmp_path: Path, pushed: tupl
     stored = tmp_path / "store/traces" / f"{digest}.json"
     until(stored.exists)
     assert json.loads(stored.read_bytes()) == trace
+
+
+def test_what_is_fetched_before_the_server_is_there_is_kept_or_fetched_again(
+    tmp_path: Path, pushed: tuple[Images, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever mounts begins with the trace. A wrong chunk is left to the server; a server that dies before it has
+    synced what it was given fetches it again."""
+    images, name, digest = pushed
+    layer = images.layer(digest) if images.get(name) else None
+    assert layer
+    wrong = tmp_path / "store" / chunk_key(layer.chunks[3])
+    right = wrong.read_bytes()
+    wrong.write_bytes(bytes(CHUNK))
+    (images.folder / "layers" / f"{digest}.trace").write_text(json.dumps([0, 3, 5, -1, 10**6]))
+    (images.folder / "lazy" / digest).mkdir()
+    ahead = lazy.Ahead(lazy.Served(images.folder, digest, 0.0, str(tmp_path / "store")))
+    for thread in ahead._threads:
+        thread.join()
+    assert sorted(ahead.over()) == [0, 5]
+    assert Sparse(images.folder / "lazy" / digest, layer).missing == len(layer.chunks), "nothing is vouched for yet"
+    wrong.write_bytes(right)
+    (mounted,) = images.mount(name)
+    _, worker = processes(digest)
+    os.kill(worker, signal.SIGKILL)
+    for i in range(FILES):
+        assert (mounted / f"f{i}").read_bytes() == want(tmp_path, i)
 
 
 def test_a_full_disk_costs_time_and_never_data(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
