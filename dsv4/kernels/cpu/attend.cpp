@@ -5,12 +5,13 @@
 #include <vector>
 
 #include "lanes.h"
+#include "share.h"
 
 namespace {
 
 template <class S>
 S* room(int which, long count) {
-    static thread_local std::vector<float> hold[6];
+    static thread_local std::vector<float> hold[5];
     size_t need = count * sizeof(S) / 4 + 32;
     if (hold[which].size() < need) hold[which].resize(need);
     return (S*)((uintptr_t(hold[which].data()) + 63) & ~uintptr_t(63));
@@ -19,19 +20,27 @@ S* room(int which, long count) {
 constexpr int HEADS = 8;  // heads that share one pass over the keys
 template <class S> constexpr long words(long dim) { return dim * long(sizeof(S)) / 4; }  // 32-bit words of a row (dim even)
 
-// dot[h] = the scores of HEADS queries (rows of `stride` elements, w words used) with a block of 16 keys.
+// dot[2 h], dot[2 h + 1] = the scores of HEADS queries (rows of `stride` elements, w words used) with two blocks of 16 keys.
 template <class S>
-inline void block_dots(const S* q, long stride, const uint32_t* keys, long w, vec* dot) {
+inline void block_dots(const S* q, long stride, const uint32_t* keys, const uint32_t* more, long w, vec* dot) {
     typedef Chunk<S> X;
     constexpr long step = 4 / sizeof(S);
-    vec sum[HEADS] = {};
+    vec sum[2 * HEADS] = {};
     for (long k = 0; k < w; k++) {
-        X key;
-        memcpy(&key, keys + k * 16, 64);
+        X key[2];
+        memcpy(&key[0], keys + k * 16, 64);
+        memcpy(&key[1], more + k * 16, 64);
+        KEEP(key[0].v);
+        KEEP(key[1].v);
 #pragma GCC unroll 8
-        for (int h = 0; h < HEADS; h++) sum[h] = X::mad(sum[h], X::pair(q + h * stride + k * step), key);
+        for (int h = 0; h < HEADS; h++) {
+            X one = X::pair(q + h * stride + k * step);
+            KEEP(one.v);
+            sum[2 * h] = X::mad(sum[2 * h], one, key[0]);
+            sum[2 * h + 1] = X::mad(sum[2 * h + 1], one, key[1]);
+        }
     }
-    for (int h = 0; h < HEADS; h++) dot[h] = sum[h];
+    for (int i = 0; i < 2 * HEADS; i++) dot[i] = sum[i];
 }
 
 // A bit pattern whose unsigned order is the order of the floats.
@@ -76,171 +85,177 @@ void top(const float* scores, long n, long k, int32_t* out, uint32_t* order) {
     }
 }
 
-// Scores of one query for key blocks [b0, b1): out[16 b + lane] = sum_h weight[h] relu(q[h] . key).
+// Scores of one query for 32 turned keys: out[lane] = sum_h weight[h] relu(q[h] . key).
 template <class S>
-void index_scores(const S* q, const float* weight, const uint32_t* turned, long H, long dim, long b0, long b1, float* out) {
+void index_scores(const S* q, const float* weight, const uint32_t* turned, long H, long dim, float* out) {
     const long w = words<S>(dim);
-    for (long b = b0; b < b1; b++) {
-        vec total{};
-        for (long h = 0; h < H; h += HEADS) {
-            vec dot[HEADS];
-            block_dots(q + h * dim, dim, turned + b * w * 16, w, dot);
-            for (int i = 0; i < HEADS; i++) total += splat(weight[h + i]) * (dot[i] > 0 ? dot[i] : vec{});
-        }
-        store16(out + 16 * b, total);
+    vec total[2] = {};
+    for (long h = 0; h < H; h += HEADS) {
+        vec dot[2 * HEADS];
+        block_dots(q + h * dim, dim, turned, turned + w * 16, w, dot);
+        for (int i = 0; i < HEADS; i++)
+            for (int j = 0; j < 2; j++) total[j] += splat(weight[h + i]) * (dot[2 * i + j] > 0 ? dot[2 * i + j] : vec{});
     }
+    store16(out, total[0]);
+    store16(out + 16, total[1]);
 }
 
 // chosen [B, T, K] int32, count [B, T] int32: the entries low <= e < high each query reads, its top K by index score.
-// q [B, T, H, dim], weight [B, T, H], keys: row b begins at keys + b * key_stride; H a multiple of HEADS.
+// q [B, T, H, dim], weight [B, T, H], keys: row b begins at keys + b * key_stride; H a multiple of HEADS. turned: room for E keys in
+// blocks of 32, scores for 8 queries.
 template <class S>
 void choose(const S* q, const float* weight, const S* keys, const int64_t* low, const int64_t* high, int32_t* chosen, int32_t* count, long B,
             long T, long E, long key_stride, long H, long dim, long K, uint32_t* turned, float* scores) {
-    const long w = words<S>(dim), blocks = (E + 15) / 16, wide = blocks * 16;
-    // Many queries: a thread takes whole queries. Few: threads share the entries of each.
-    const bool shared = B * T < 8;
-#pragma omp parallel if (E * H * dim * B * T > 2000000)
-    {
-        for (long b = 0; b < B; b++) {
-            const S* first = keys + b * key_stride;
-#pragma omp for schedule(static)
-            for (long i = 0; i < blocks; i++) {
-                const uint32_t* rows[16];
-                for (long j = 0; j < 16; j++) rows[j] = (const uint32_t*)(first + std::min(16 * i + j, E - 1) * dim);
-                turn(rows, w, turned + i * w * 16);
+    const long w = words<S>(dim), blocks = (E + 31) / 32, wide = blocks * 32;
+    const bool worth = E * H * dim * B * T > 2000000, few = B * T < 8;  // few queries: threads share the keys
+    for (long b = 0; b < B; b++) {
+        const S *first = keys + b * key_stride, *mine = q + b * T * H * dim;
+        const float* heads = weight + b * T * H;
+        auto turn_block = [=](long i, uint32_t* out) {
+            const uint32_t* rows[32];
+            for (long j = 0; j < 32; j++) rows[j] = (const uint32_t*)(first + std::min(32 * i + j, E - 1) * dim);
+            turn(rows, w, out);
+            turn(rows + 16, w, out + 16 * w);
+        };
+        share((blocks + 7) / 8, worth, [&](long piece) {
+            for (long i = 8 * piece; i < std::min(8 * piece + 8, blocks); i++) {
+                uint32_t* block = few ? room<uint32_t>(0, 32 * w) : turned + i * 32 * w;
+                turn_block(i, block);
+                for (long t = 0; few && t < T; t++) index_scores(mine + t * H * dim, heads + t * H, block, H, dim, scores + t * wide + 32 * i);
             }
-            for (long t = 0; shared && t < T; t++) {
-#pragma omp for schedule(static)
-                for (long i = 0; i < blocks; i++)
-                    index_scores(q + (b * T + t) * H * dim, weight + (b * T + t) * H, turned, H, dim, i, i + 1, scores + t * wide);
+        });
+#pragma omp parallel for schedule(dynamic, 4) if (worth && !few)
+        for (long t = 0; t < T; t++) {
+            const long at = b * T + t, from = low[at], n = high[at] - from;
+            int32_t* out = chosen + at * K;
+            count[at] = int32_t(std::min(n, K));
+            if (n <= K) {
+                for (long i = 0; i < n; i++) out[i] = int32_t(from + i);
+                continue;
             }
-#pragma omp for schedule(dynamic, 4)
-            for (long t = 0; t < T; t++) {
-                const long at = b * T + t, from = low[at], n = high[at] - from;
-                int32_t* out = chosen + at * K;
-                count[at] = int32_t(std::min(n, K));
-                if (n <= K) {
-                    for (long i = 0; i < n; i++) out[i] = int32_t(from + i);
-                    continue;
-                }
-                float* mine = shared ? scores + t * wide : room<float>(0, wide);
-                if (!shared) index_scores(q + at * H * dim, weight + at * H, turned, H, dim, from / 16, (high[at] + 15) / 16, mine);
-                top(mine + from, n, K, out, room<uint32_t>(1, wide));
-                for (long i = 0; i < K; i++) out[i] += int32_t(from);
-            }
+            float* s = few ? scores + t * wide : room<float>(1, wide);
+            for (long i = from / 32; !few && i < (high[at] + 31) / 32; i++)
+                index_scores(mine + t * H * dim, heads + t * H, turned + i * 32 * w, H, dim, s + 32 * i);
+            top(s + from, n, K, out, room<uint32_t>(2, wide));
+            for (long i = 0; i < K; i++) out[i] += int32_t(from);
         }
     }
 }
 
-// One query's attention for HEADS heads over n rows: q [HEADS, d] (stride d), out likewise; sink [HEADS].
+// One query: its heads q [groups * HEADS, d] against n rows. z and p hold a head's scores and shares in rows of `wide`, which
+// covers n in blocks of 32; rows behind n repeat the last.
 template <class S>
-void attend_rows(const S* q, const S* const* rows, const uint32_t* turned, const long* offset, long blocks, long n, const float* sink,
-                 float scale, S* out, long d, long heads) {
-    const long w = words<S>(d);
-    float* z = room<float>(2, HEADS * blocks * 16);
-    for (long b = 0; b < blocks; b++) {
-        vec dot[HEADS];
-        block_dots(q, d, turned + offset[b], w, dot);
-        for (int h = 0; h < HEADS; h++) store16(z + h * blocks * 16 + b * 16, dot[h] * scale);
-    }
-    float inverse[HEADS];
-    for (int h = 0; h < HEADS; h++) {
-        float *row = z + h * blocks * 16, peak = h < heads ? sink[h] : 0;
-        for (long i = n; i < blocks * 16; i++) row[i] = -INFINITY;
-        vec top16 = splat(peak);
-        for (long i = 0; i < blocks; i++) {
-            vec v = load16(row + 16 * i);
-            top16 = v > top16 ? v : top16;
+struct Reader {
+    const S* q;
+    const S* const* rows;
+    const float* sink;
+    float* z;
+    S* p;
+    S* out;
+    long n, wide, d, H;
+    float scale;
+    static constexpr long step = 4 / sizeof(S), columns = 16 * step;
+
+    // Scores of 32 rows with every head.
+    void scores(long block) const {
+        const long w = words<S>(d);
+        uint32_t* turned = room<uint32_t>(0, 32 * w);
+        for (int i = 0; i < 2; i++) turn((const uint32_t* const*)(rows + 32 * block + 16 * i), w, turned + 16 * i * w);
+        for (long h = 0; h < H; h += HEADS) {
+            vec dot[2 * HEADS];
+            block_dots(q + h * d, d, turned, turned + 16 * w, w, dot);
+            for (int i = 0; i < 2 * HEADS; i++) store16(z + (h + i / 2) * wide + 32 * block + 16 * (i & 1), dot[i] * scale);
         }
-        for (int i = 0; i < 16; i++) peak = std::max(peak, top16[i]);
+    }
+    // The softmax of one head, with its sink.
+    void weigh(long h) const {
+        float *row = z + h * wide, peak = sink[h];
+        for (long i = n; i < wide; i++) row[i] = -INFINITY;
+        vec top = splat(peak);
+        for (long i = 0; i < wide; i += 16) {
+            vec v = load16(row + i);
+            top = v > top ? v : top;
+        }
+        for (int i = 0; i < 16; i++) peak = std::max(peak, top[i]);
         vec total{};
-        for (long i = 0; i < blocks; i++) {
-            vec v = load16(row + 16 * i), e = exp16(v - peak);
+        for (long i = 0; i < wide; i += 16) {
+            vec v = load16(row + i), e = exp16(v - peak);
             e = v > splat(-1e30f) ? e : vec{};
-            store16(row + 16 * i, e);
+            store16(row + i, e);
             total += e;
         }
-        float sum = h < heads ? std::exp(sink[h] - peak) : 1;
+        float sum = std::exp(sink[h] - peak);
         for (int i = 0; i < 16; i++) sum += total[i];
-        inverse[h] = 1 / sum;
+        const float inverse = 1 / sum;
+        for (long i = 0; i < wide; i++) store(p + h * wide, i, row[i] * inverse);
     }
-    // Values: the same rows. Two keys at a time for bf16, whose products come in pairs.
-    constexpr long step = 4 / sizeof(S);
-    S* p = room<S>(3, HEADS * blocks * 16);
-    for (long i = 0; i < HEADS * blocks * 16; i++) store(p, i, z[i] * inverse[i / (blocks * 16)]);
-    long c = 0;
-    for (; c + 16 * step <= d; c += 16 * step) {
-        vec sum[HEADS][step] = {};
+    // Channels c .. c + columns - 1 of every head. Two rows at a time for bf16, whose products come in pairs.
+    void values(long c) const {
+        Chunk<S>* v = room<Chunk<S>>(1, wide);
         for (long i = 0; i < n; i += step) {
-            Chunk<S> v[step];
-            if constexpr (step == 1) v[0] = Chunk<S>::take(rows[i] + c);
+            if constexpr (step == 1) v[i] = Chunk<S>::take(rows[i] + c);
             else {
                 typedef uint16_t half __attribute__((vector_size(64)));
                 half x, y;
                 memcpy(&x, rows[i] + c, 64);
-                memcpy(&y, rows[i + 1 < n ? i + 1 : i] + c, 64);  // a missing partner has p = 0
+                memcpy(&y, rows[i + 1] + c, 64);  // behind the last row it counts nothing
                 half lo = __builtin_shuffle(x, y, half{0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47});
                 half hi = __builtin_shuffle(x, y, half{16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63});
-                memcpy(&v[0], &lo, 64);
-                memcpy(&v[1], &hi, 64);
+                memcpy((void*)&v[i], &lo, 64);
+                memcpy((void*)&v[i + 1], &hi, 64);
             }
+        }
+        for (long h = 0; h < H; h += HEADS) {
+            vec sum[HEADS][step] = {};
+            for (long i = 0; i < n; i += step)
 #pragma GCC unroll 8
-            for (int h = 0; h < HEADS; h++) {
-                Chunk<S> share = Chunk<S>::pair(p + h * blocks * 16 + i);
+                for (int j = 0; j < HEADS; j++) {
+                    Chunk<S> share = Chunk<S>::pair(p + (h + j) * wide + i);
 #pragma GCC unroll 2
-                for (int s = 0; s < step; s++) sum[h][s] = Chunk<S>::mad(sum[h][s], v[s], share);
-            }
+                    for (int s = 0; s < step; s++) sum[j][s] = Chunk<S>::mad(sum[j][s], v[i + s], share);
+                }
+            for (int j = 0; j < HEADS; j++)
+                for (int s = 0; s < step; s++) {
+                    float lanes[16];
+                    store16(lanes, sum[j][s]);
+                    for (int i = 0; i < 16; i++) store(out + (h + j) * d + c, s * 16 + i, lanes[i]);
+                }
         }
-        for (int h = 0; h < heads; h++)
-            for (int s = 0; s < step; s++)
-                for (int i = 0; i < 16; i++) store(out, h * d + c + s * 16 + i, sum[h][s][i]);
     }
-    for (; c < d; c++)
-        for (int h = 0; h < heads; h++) {
-            float sum = 0;
-            for (long i = 0; i < n; i++) sum += load(p, h * blocks * 16 + i) * load(rows[i], c);
-            store(out, h * d + c, sum);
-        }
-}
+    void rest(long c) const {  // channels that fill no columns
+        for (; c < d; c++)
+            for (long h = 0; h < H; h++) {
+                float sum = 0;
+                for (long i = 0; i < n; i++) sum += load(p, h * wide + i) * load(rows[i], c);
+                store(out, h * d + c, sum);
+            }
+    }
+};
 
-// out [B, T, H, d]. Near rows near_from <= r < near_to of near [B, N, d]; far rows: chosen [B, T, K] with count, or (K = 0) all of
-// far_low <= e < far_high. far: row b begins at far + b * far_stride.
+// out [B, T, H, d], H a multiple of HEADS. Near rows near_from <= r < near_to of near [B, N, d]; far rows: chosen [B, T, K] with
+// count, or (K = 0) all of far_low <= e < far_high. far: row b begins at far + b * far_stride.
 template <class S>
 void attend(const S* q, const S* near, const int32_t* near_from, const int32_t* near_to, const S* far, const int32_t* chosen,
             const int32_t* count, const int64_t* far_low, const int64_t* far_high, const float* sink, S* out, long B, long T, long H, long d,
             long N, long far_stride, long K, float scale) {
-    const long groups = (H + HEADS - 1) / HEADS, w = words<S>(d);
-    const bool split = B * T < 16;  // few queries: threads share the heads of each
-    const long tasks = B * T * (split ? groups : 1);
-#pragma omp parallel for schedule(dynamic, split ? 1 : 8) if (B * T * H * d > 16384)
-    for (long task = 0; task < tasks; task++) {
-        const long at = split ? task / groups : task, b = at / T;
-        long n = near_to[at] - near_from[at];
-        const long near_n = n, many = far ? (K ? count[at] : far_high[at] - far_low[at]) : 0;
-        n += many;
-        const long blocks = (n + 15) / 16;
-        std::vector<const S*> rows(blocks * 16);
-        std::vector<long> offset(blocks);
+    auto read = [=](long at, bool together) {  // one query, by this thread or by all
+        const long b = at / T, near_n = near_to[at] - near_from[at];
+        const long n = near_n + (far ? (K ? count[at] : far_high[at] - far_low[at]) : 0), wide = (n + 31) / 32 * 32;
+        const S** rows = room<const S*>(2, wide);
         for (long i = 0; i < near_n; i++) rows[i] = near + (b * N + near_from[at] + i) * d;
-        for (long i = 0; i < many; i++) rows[near_n + i] = far + b * far_stride + (K ? chosen[at * K + i] : far_low[at] + i) * d;
-        for (long i = n; i < blocks * 16; i++) rows[i] = rows[n - 1];
-        uint32_t* turned = room<uint32_t>(4, blocks * 16 * w);
-        for (long i = 0; i < blocks; i++) {
-            turn((const uint32_t* const*)(rows.data() + 16 * i), w, turned + i * 16 * w);
-            offset[i] = i * 16 * w;
-        }
-        for (long g = split ? task % groups : 0; g < (split ? task % groups + 1 : groups); g++) {
-            const long heads = std::min<long>(HEADS, H - g * HEADS);
-            const S* mine = q + (at * H + g * HEADS) * d;
-            if (heads < HEADS) {  // fill up with zeros
-                S* padded = room<S>(5, HEADS * d);
-                memset((void*)padded, 0, HEADS * d * sizeof(S));
-                memcpy((void*)padded, mine, heads * d * sizeof(S));
-                mine = padded;
-            }
-            attend_rows(mine, rows.data(), turned, offset.data(), blocks, n, sink + g * HEADS, scale, out + (at * H + g * HEADS) * d, d, heads);
-        }
-    }
+        for (long i = near_n; i < n; i++) rows[i] = far + b * far_stride + (K ? chosen[at * K + i - near_n] : far_low[at] + i - near_n) * d;
+        for (long i = n; i < wide; i++) rows[i] = rows[n - 1];
+        const Reader<S> r{q + at * H * d, rows, sink, room<float>(3, H * wide), room<S>(4, H * wide), out + at * H * d, n, wide, d, H, scale};
+        share(wide / 32, together, [&](long i) { r.scores(i); });
+        share(H, together, [&](long h) { r.weigh(h); });
+        share(d / r.columns, together, [&](long i) { r.values(i * r.columns); });
+        r.rest(d / r.columns * r.columns);
+    };
+    if (B * T < 16)  // few queries: threads share each
+        for (long at = 0; at < B * T; at++) read(at, (near_to[at] - near_from[at]) * H * d > 100000);
+    else
+#pragma omp parallel for schedule(dynamic, 8)
+        for (long at = 0; at < B * T; at++) read(at, false);
 }
 
 }  // namespace

@@ -25,10 +25,11 @@ def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, 
     q, weights, low, high = q.contiguous(), weights.contiguous(), low.contiguous(), high.contiguous()
     keys = keys if keys.stride()[1:] == (dim, 1) else keys.contiguous()
     count = keys.shape[1]
-    wide = (count + 15) // 16 * 16
+    wide = (count + 31) // 32 * 32
     chosen = torch.empty(batch, tokens, k, dtype=torch.int32)
     found = torch.empty(batch, tokens, dtype=torch.int32)
-    turned, scores = keys.new_empty(wide * dim), torch.empty(min(tokens, _HEADS) * wide)
+    few = batch * tokens < 8  # then the keys are turned block by block
+    turned, scores = keys.new_empty(0 if few else wide * dim), torch.empty(min(tokens, 8) * wide)
     sizes = (batch, tokens, count, keys.stride(0), heads + spare, dim, k)
     call("choose", q.dtype, q, weights, keys, low, high, chosen, found, *sizes, turned, scores)
     return chosen, found
@@ -40,6 +41,9 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """See `dsv4.kernels.attend`."""
     batch, tokens, heads, dim = q.shape
+    spare, sink = -heads % _HEADS, sink.float()
+    if spare:
+        q, sink = F.pad(q, (0, 0, 0, spare)), F.pad(sink, (0, spare))
     q, near, near_from, near_to = (t.contiguous() for t in (q, near, near_from, near_to))
     out = torch.empty_like(q)
     if far is None or low is None or high is None:
@@ -50,6 +54,6 @@ def attend(
         chosen, count = picked or (0, 0)
         rows, stride = (far, chosen, count, low.contiguous(), high.contiguous()), far.stride(0)
         k = 0 if picked is None else picked[0].shape[-1]
-    sizes = (batch, tokens, heads, dim, near.shape[1], stride, k)
-    call("attend", q.dtype, q, near, near_from, near_to, *rows, sink.float(), out, *sizes, scale)
-    return out
+    sizes = (batch, tokens, heads + spare, dim, near.shape[1], stride, k)
+    call("attend", q.dtype, q, near, near_from, near_to, *rows, sink, out, *sizes, scale)
+    return out[:, :, :heads]

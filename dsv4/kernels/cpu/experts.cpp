@@ -1,6 +1,7 @@
 // Routed experts: any row count, plain or packed weights.
 #include "product.h"
 #include "rounding.h"
+#include "share.h"
 
 namespace {
 
@@ -18,7 +19,7 @@ void experts(const typename W::X* x, const float* weight, const int64_t* owner, 
     for (long i = 0; i < M * K; i++) place[next[owner[i]]++] = i;  // pairs (token, choice) sorted by expert
     struct Part { long e, m0, m1, n0, n1; };
     std::vector<Part> parts;
-    const long columns = M * K < 4 * BLOCK ? std::max<long>(1, I / 64) : 1;  // few rows: threads share an expert
+    const long columns = M * K < 4 * BLOCK ? pieces_of(I / 64) : 1;  // few rows: threads share an expert
     for (long e = 0; e < E; e++)
         for (long m = start[e]; m < start[e + 1] && at[6 * e]; m += BLOCK)
             for (long c = 0; c < columns; c++)
@@ -27,52 +28,47 @@ void experts(const typename W::X* x, const float* weight, const int64_t* owner, 
     std::vector<S> hidden(M * K * I), rounded(packed ? M * K * I : 0);
     const long* pair = place.data();
     S *h = hidden.data(), *second = packed ? rounded.data() : h;
-#pragma omp parallel if (M * K * D * I > 700000)
-    {
-        std::vector<S> gate(BLOCK * I);
-        S* g = gate.data();
-#pragma omp for schedule(dynamic)
-        for (size_t p = 0; p < parts.size(); p++) {
-            auto [e, m0, m1, n0, n1] = parts[p];
-            auto row = [=](long m) { return x + pair[m] / K * D; };
-            product(row, W(at[6 * e], at[6 * e + 3], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
-                for (long i = 0; i < count; i++) store(g, (m - m0) * I + n + i, s[i]);
-            });
-            product(row, W(at[6 * e + 2], at[6 * e + 5], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
-                for (long i = 0; i < count; i++) store(h, m * I + n + i, s[i]);
-            });
-            for (long m = m0; m < m1; m++)
-                for (long n = n0; n < n1; n += 16) {
-                    long count = std::min(n1 - n, 16L);
-                    float a[16] = {}, b[16];
-                    for (long i = 0; i < count; i++) a[i] = std::min(load(g, (m - m0) * I + n + i), limit);
-                    vec v = load16(a), decay = exp16(v > 0 ? -v : v);  // silu(v) = v sigmoid(v), by |v|
-                    store16(b, (v > 0 ? v : v * decay) / (1.0f + decay));
-                    for (long i = 0; i < count; i++) {
-                        float up = load(h, m * I + n + i);
-                        up = up > limit ? limit : up < -limit ? -limit : up;
-                        store(h, m * I + n + i, b[i] * up * weight[pair[m]]);
-                    }
+    const bool worth = M * K * D * I > 700000;
+    share(parts.size(), worth, [&](long p) {
+        auto [e, m0, m1, n0, n1] = parts[p];
+        S* g = scratch<S>(3, BLOCK * I);
+        auto row = [=](long m) { return x + pair[m] / K * D; };
+        product(row, W(at[6 * e], at[6 * e + 3], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
+            for (long i = 0; i < count; i++) store(g, (m - m0) * I + n + i, s[i]);
+        });
+        product(row, W(at[6 * e + 2], at[6 * e + 5], D), m0, m1, n0, n1, [=](long m, long n, const float* s, long count) {
+            for (long i = 0; i < count; i++) store(h, m * I + n + i, s[i]);
+        });
+        for (long m = m0; m < m1; m++)
+            for (long n = n0; n < n1; n += 16) {
+                long count = std::min(n1 - n, 16L);
+                float a[16] = {}, b[16];
+                for (long i = 0; i < count; i++) a[i] = std::min(load(g, (m - m0) * I + n + i), limit);
+                vec v = load16(a), decay = exp16(v > 0 ? -v : v);  // silu(v) = v sigmoid(v), by |v|
+                store16(b, (v > 0 ? v : v * decay) / (1.0f + decay));
+                for (long i = 0; i < count; i++) {
+                    float up = load(h, m * I + n + i);
+                    up = up > limit ? limit : up < -limit ? -limit : up;
+                    store(h, m * I + n + i, b[i] * up * weight[pair[m]]);
                 }
-        }
-        if constexpr (packed) {
-#pragma omp for schedule(static)
-            for (long m = 0; m < M * K; m++) round_row<128>(h + m * I, second + m * I, I);
-        }
-        // Threads own columns of the result, so that no two ever add to one number.
-        const long wide = std::max<long>(1, D / 64);
-#pragma omp for schedule(dynamic)
-        for (long c = 0; c < wide; c++) {
-            long n0 = D * c / wide & ~15L, n1 = c + 1 == wide ? D : D * (c + 1) / wide & ~15L;
-            for (long e = 0; e < E; e++) {
-                if (start[e] == start[e + 1] || !at[6 * e]) continue;
-                product([=](long m) { return second + m * I; }, W(at[6 * e + 1], at[6 * e + 4], I), start[e], start[e + 1], n0, n1,
-                        [=](long m, long n, const float* s, long count) {
-                            for (long i = 0; i < count; i++) out[pair[m] / K * D + n + i] += s[i];
-                        });
             }
-        }
+    });
+    if constexpr (packed) {
+#pragma omp parallel for schedule(static) if (worth && M * K > 16)
+        for (long m = 0; m < M * K; m++) round_row<128>(h + m * I, second + m * I, I);
     }
+    // Threads own columns of the result, so that no two ever add to one number.
+    const long wide = pieces_of(D / 64);
+    share(wide, worth, [&](long c) {
+        const long n0 = D * c / wide & ~15L, n1 = c + 1 == wide ? D : D * (c + 1) / wide & ~15L;
+        for (long e = 0; e < E; e++) {
+            if (start[e] == start[e + 1] || !at[6 * e]) continue;
+            product([=](long m) { return second + m * I; }, W(at[6 * e + 1], at[6 * e + 4], I), start[e], start[e + 1], n0, n1,
+                    [=](long m, long n, const float* s, long count) {
+                        for (long i = 0; i < count; i++) out[pair[m] / K * D + n + i] += s[i];
+                    });
+        }
+    });
 }
 
 }  // namespace

@@ -1,22 +1,21 @@
 // Linear layers: any row count, plain or packed weights.
 #include "product.h"
+#include "share.h"
 
 namespace {
 
 // x [M, G, K], G weights [N, K] one behind the other -> y [M, G, N] (G = 1: a plain linear layer).
 template <class W, class T>
 void linear(const typename W::X* x, const void* elements, const void* scale, T* y, long M, long N, long K, long G) {
-    long work = M * N * K * G, columns = N >= 64 && M < 4 * BLOCK ? std::max<long>(1, N / 64) : 1, rows = (M + BLOCK - 1) / BLOCK;
-#pragma omp parallel for collapse(3) schedule(dynamic) if (work > 2000000)
-    for (long g = 0; g < G; g++)
-        for (long c = 0; c < columns; c++)
-            for (long m = 0; m < rows; m++) {
-                long n0 = N * c / columns & ~15L, n1 = c + 1 == columns ? N : N * (c + 1) / columns & ~15L;
-                product([=](long r) { return x + (r * G + g) * K; }, W(elements, scale, K), m * BLOCK, std::min((m + 1) * BLOCK, M),
-                        g * N + n0, g * N + n1, [=](long r, long n, const float* s, long count) {
-                            for (long i = 0; i < count; i++) store(y, r * G * N + n + i, s[i]);
-                        });
-            }
+    const long rows = (M + BLOCK - 1) / BLOCK, columns = rows < 4 ? pieces_of(N / 64) : 1;
+    share(G * columns * rows, M * N * K * G > 2000000, [=](long piece) {
+        const long m = piece % rows, c = piece / rows % columns, g = piece / rows / columns;
+        const long n0 = N * c / columns & ~15L, n1 = c + 1 == columns ? N : N * (c + 1) / columns & ~15L;
+        product([=](long r) { return x + (r * G + g) * K; }, W(elements, scale, K), m * BLOCK, std::min((m + 1) * BLOCK, M), g * N + n0,
+                g * N + n1, [=](long r, long n, const float* s, long count) {
+                    for (long i = 0; i < count; i++) store(y, r * G * N + n + i, s[i]);
+                });
+    });
 }
 
 }  // namespace

@@ -1,11 +1,9 @@
 // Manifold-constrained hyper-connections of 4 streams, fused: forward and backward of entering and leaving a sub-layer.
 // Rows are tokens. A kernel works on rows [begin, end); the caller gives each thread its own range and its own
-// accumulators, so results do not depend on timing. No headers beyond the standard library.
-#include <cmath>
-#include <cstdint>
+// accumulators, so results do not depend on timing.
 #include <vector>
 
-#include "scalar.h"
+#include "lanes.h"
 
 namespace {
 
@@ -62,11 +60,39 @@ struct Sinkhorn {
     }
 };
 
+APART float total(vec v) {
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += v[i];
+    return sum;
+}
+inline vec some(const float* p, long count) {
+    vec v{};
+    memcpy(&v, p, count * 4);
+    return v;
+}
+
+// dots[t] = f . v_t for R tokens, `P` apart. A token's sum has the same order for every R.
+template <int R>
+APART void map_dots(const float* f, const float* v, long P, long M, float* dots) {
+    vec sum[R][2] = {};
+    long k = 0;
+    for (; k + 32 <= M; k += 32)
+        for (int i = 0; i < 2; i++) {
+            const vec w = load16(f + k + 16 * i);
+            for (int t = 0; t < R; t++) sum[t][i] += w * load16(v + t * P + k + 16 * i);
+        }
+    for (; k < M; k += 16) {
+        const long count = std::min(M - k, 16L);
+        for (int t = 0; t < R; t++) sum[t][0] += some(f + k, count) * some(v + t * P + k, count);
+    }
+    for (int t = 0; t < R; t++) dots[t] = total(sum[t][0] + sum[t][1]);
+}
+
 template <class S>
 void enter_forward(const S* X, const float* fn, const float* base, const float* scale, S* x, float* pre, float* post, float* comb,
                    float* u, float* r, long begin, long end, long D, int iterations, float rms_eps, float eps) {
     long M = n * D, P = M + pad;
-    std::vector<float> buffer(size_t(group) * P);
+    std::vector<float> buffer(size_t(std::min<long>(group, end - begin)) * P);
     Sinkhorn sinkhorn;
     float logits[16][lanes] = {};
     for (long block = begin; block < end; block += lanes) {
@@ -74,26 +100,19 @@ void enter_forward(const S* X, const float* fn, const float* base, const float* 
         for (long first = block; first < stop; first += group) {
             float* v = buffer.data();
             int rows = stop - first < group ? stop - first : group;
-            for (int t = 0; t < group; t++) {
+            for (int t = 0; t < rows; t++) {
                 float square = 0;
-                const S* source = X + (first + (t < rows ? t : 0)) * M;
+                const S* source = X + (first + t) * M;
                 for (long i = 0; i < M; i++) {
                     float value = load(source, i);
                     v[t * P + i] = value;
                     square += value * value;
                 }
-                if (t < rows) r[first + t] = 1 / std::sqrt(square / M + rms_eps);
+                r[first + t] = 1 / std::sqrt(square / M + rms_eps);
             }
             for (int i = 0; i < maps; i++) {
-                const float* f = fn + i * M;
-                float a = 0, b = 0, c = 0, d = 0;
-                for (long k = 0; k < M; k++) {
-                    a += f[k] * v[k];
-                    b += f[k] * v[P + k];
-                    c += f[k] * v[2 * P + k];
-                    d += f[k] * v[3 * P + k];
-                }
-                float dots[group] = {a, b, c, d};
+                float dots[group];
+                (rows == 4 ? map_dots<4> : rows == 3 ? map_dots<3> : rows == 2 ? map_dots<2> : map_dots<1>)(fn + i * M, v, P, M, dots);
                 for (int t = 0; t < rows; t++) u[(first + t) * maps + i] = dots[t] * r[first + t];
             }
             for (int t = 0; t < rows; t++) {

@@ -61,33 +61,43 @@ inline void product(Row row, const W& w, long m0, long m1, long n0, long n1, Emi
 #ifdef TILES
     if constexpr (std::is_same<S, bf16>::value) return tile_product(row, w, m0, m1, n0, n1, emit);
 #endif
-    const long K = w.K, size = 4 * chunks<S>(K) * Chunk<S>::step;
+    const long K = w.K, wide = 4 * chunks<S>(K) * Chunk<S>::step, size = W::room(K);
+    auto seen = [&](long m, long place) {  // a row of x in the weight's order
+        if constexpr (W::ordered) {
+            S* out = scratch<S>(2, wide) + place * K;
+            W::order(row(m), out, K);
+            return (const S*)out;
+        } else {
+            return row(m);
+        }
+    };
     for (long mb = m0; mb < m1; mb += BLOCK) {
         long top = std::min(mb + BLOCK, m1);
+        const S* rows[4];
         if (top - mb < 4) {
+            for (long m = mb; m < top; m++) rows[m - mb] = seen(m, m - mb);
             for (long n = n0; n < n1; n += 16)
                 for (long m = mb; m < top; m++) {
                     float s[16];
-                    store16(s, w.dots(row(m), n, n1));
+                    store16(s, w.dots(rows[m - mb], n, n1));
                     emit(m, n, s, std::min(n1 - n, 16L));
                 }
             continue;
         }
         // A panel of the weight stays in the first-level cache, the block of x in the second.
         const long panel = std::max<long>(1, PANEL / (size * sizeof(S)));
-        S *a = scratch<S>(0, size * BLOCK / 4), *b = scratch<S>(1, size * panel);
+        S *a = scratch<S>(0, wide * BLOCK / 4), *b = scratch<S>(1, size * panel);
         for (long m = mb; m < top; m += 4) {
-            const S* rows[4];
-            for (int r = 0; r < 4; r++) rows[r] = row(std::min(m + r, top - 1));
-            pack_rows<4>(rows, a + (m - mb) / 4 * size, K);
+            for (int r = 0; r < 4; r++) rows[r] = seen(std::min(m + r, top - 1), r);
+            pack_rows<4>(rows, a + (m - mb) / 4 * wide, K);
         }
         for (long np = n0; np < n1; np += 4 * panel) {
             long end = std::min(np + 4 * panel, n1);
-            for (long n = np; n < end; n += 4) w.template pack<4>(n, n1, b + (n - np) / 4 * size);
+            for (long n = np; n < end; n += 4) w.group(n, n1, b + (n - np) / 4 * size);
             for (long m = mb; m < top; m += 4)
                 for (long n = np; n < end; n += 4) {
                     float s[16];
-                    store16(s, dots4x4(a + (m - mb) / 4 * size, b + (n - np) / 4 * size, size));
+                    store16(s, W::dots4x4(a + (m - mb) / 4 * wide, b + (n - np) / 4 * size, K));
                     for (int r = 0; r < 4 && m + r < top; r++) emit(m + r, n, s + 4 * r, std::min(n1 - n, 4L));
                 }
         }

@@ -2,6 +2,8 @@
 // into the registers, which is exact: their scales are powers of two. So all of them share one arithmetic.
 //
 // pack<R>(n, end, out): rows n .. n+R-1 (not beyond end - 1), packed as `pack_rows` does. dots(a, n, end): a . w[n .. n+15].
+// Where many rows of x meet the weight: group(n, end, out) packs 4 rows into `room(K)` elements, dots4x4(a, b, K) multiplies.
+// A weight whose `ordered` is true wants x in another order of its channels: order(x, out, K).
 #pragma once
 #include "lanes.h"
 
@@ -24,6 +26,10 @@ struct Plain {
         for (int c = 0; c < 16; c++) rows[c] = w + std::min(n + c, end - 1) * K;
         return ::dots(a, rows, K);
     }
+    static constexpr bool ordered = false;
+    static long room(long K) { return 4 * chunks<S>(K) * Chunk<S>::step; }
+    void group(long n, long end, S* out) const { pack<4>(n, end, out); }
+    static vec dots4x4(const S* a, const S* b, long K) { return ::dots4x4(a, b, room(K)); }
 };
 
 // value 2^(s - 127) in bf16, rounded where that is too small for it
@@ -99,13 +105,46 @@ struct Fp4 {
                 memcpy((void*)out, &c, 64);
             }
     }
-    // A cache line of a row at a time: rows a power of two apart push each other's lines out.
+#ifdef LANES_AVX512
+    // 128 elements, a cache line of a row, at a time: four looks into one table of 16 codes give the elements 4 w, 4 w + 1, 4 w + 2
+    // and 4 w + 3 of w = 0 .. 31. A lane then holds elements of one block of 32, whose scale multiplies the lane's sum of eight
+    // products. x comes in the same order. What is left beyond 128s goes block by block.
+    static constexpr bool ordered = true;
+    static Chunk<bf16> quarter(__m512i bytes, __m512i codes, int i) {
+        return {(bits)_mm512_permutexvar_epi16(i ? _mm512_srli_epi16(bytes, 4 * i) : bytes, codes)};  // five bits: codes lie there twice
+    }
+    static vec scales(const uint8_t* s) {  // four powers of two, each to four lanes
+        uint32_t four;
+        memcpy(&four, s, 4);
+        const __m512i spread = _mm512_set_epi64(0x0380808003808080, 0x0380808003808080, 0x0280808002808080, 0x0280808002808080,
+                                                0x0180808001808080, 0x0180808001808080, 0x0080808000808080, 0x0080808000808080);
+        return (vec)_mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(int(four)), spread), 1);
+    }
+    static void order(const bf16* x, bf16* out, long K) {
+        const __m512i quarters = _mm512_set_epi16(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2, 29, 25, 21, 17, 13, 9, 5, 1,
+                                                  28, 24, 20, 16, 12, 8, 4, 0);
+        long k = 0;
+        for (; k + 128 <= K; k += 128) {
+            __m512i v[4], u[4];
+            for (int i = 0; i < 4; i++) v[i] = _mm512_permutexvar_epi16(quarters, _mm512_loadu_si512(x + k + 32 * i));
+            for (int i = 0; i < 4; i += 2) {  // 128 bits are a cell: 4 x 4 of them are turned
+                u[i] = _mm512_shuffle_i64x2(v[i], v[i + 1], 0x44);
+                u[i + 1] = _mm512_shuffle_i64x2(v[i], v[i + 1], 0xee);
+            }
+            for (int i = 0; i < 2; i++) {
+                _mm512_storeu_si512(out + k + 64 * i, _mm512_shuffle_i64x2(u[i], u[i + 2], 0x88));
+                _mm512_storeu_si512(out + k + 64 * i + 32, _mm512_shuffle_i64x2(u[i], u[i + 2], 0xdd));
+            }
+        }
+        memcpy((void*)(out + k), x + k, (K - k) * 2);
+    }
     APART vec dots(const bf16* a, long n, long end) const {
         const uint8_t *p[16], *s[16];
         for (int r = 0; r < 16; r++) {
             long row = std::min(n + r, end - 1);
             p[r] = w + (row * K >> 1), s[r] = scale + row * (K >> 5);
         }
+        const __m512i codes = _mm512_load_si512(tables.fp4[127]);
         vec sum[16] = {};
         long b = 0;
         for (; b + 4 <= K >> 5; b += 4) {
@@ -117,8 +156,11 @@ struct Fp4 {
 #pragma GCC unroll 16
             for (int r = 0; r < 16; r++) {
                 ahead(p[r] + 16 * b, K / 2);
+                const __m512i bytes = _mm512_loadu_si512(p[r] + 16 * b);
+                vec part{};
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sum[r] = Chunk<bf16>::mad(sum[r], x[i], take(p[r] + 16 * (b + i), s[r][b + i]));
+                for (int i = 0; i < 4; i++) part = Chunk<bf16>::mad(part, x[i], quarter(bytes, codes, i));
+                sum[r] = (vec)_mm512_fmadd_ps((__m512)part, (__m512)scales(s[r] + b), (__m512)sum[r]);
             }
         }
         for (; b < K >> 5; b++) {
@@ -127,6 +169,76 @@ struct Fp4 {
         }
         return lane_sums(sum);
     }
+    // 128 elements: [4 quarters][4 rows][32], then the lanes' scales as float [4 rows][16]. The rest: [blocks][4 rows][32].
+    static long room(long K) { return (K >> 7) * 640 + (K & 127) * 4; }
+    APART void group(long n, long end, bf16* out) const {
+        const __m512i codes = _mm512_load_si512(tables.fp4[127]);
+        for (long b = 0; b < K >> 5;) {
+            const bool whole = b + 4 <= K >> 5;
+            for (int r = 0; r < 4; r++) {
+                const long row = std::min(n + r, end - 1);
+                const uint8_t *p = w + (row * K >> 1) + 16 * b, *s = scale + row * (K >> 5) + b;
+                if (whole) {
+                    const __m512i bytes = _mm512_loadu_si512(p);
+                    for (int i = 0; i < 4; i++) _mm512_storeu_si512(out + 128 * i + 32 * r, (__m512i)quarter(bytes, codes, i).v);
+                    store16((float*)(out + 512) + 16 * r, scales(s));
+                } else {
+                    _mm512_storeu_si512(out + 32 * r, (__m512i)take(p, *s).v);
+                }
+            }
+            b += whole ? 4 : 1, out += whole ? 640 : 128;
+        }
+    }
+    static APART vec dots4x4(const bf16* a, const bf16* b, long K) {
+        vec sum[16] = {};
+        for (long k = 0; k + 128 <= K; k += 128, a += 512, b += 640)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                vec part[8] = {};
+                for (int i = 0; i < 4; i++) {
+                    Chunk<bf16> x[2];
+                    for (int r = 0; r < 2; r++) {
+                        x[r] = Chunk<bf16>::take(a + 128 * i + 32 * (2 * half + r));
+                        KEEP(x[r].v);
+                    }
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) {
+                        Chunk<bf16> y = Chunk<bf16>::take(b + 128 * i + 32 * c);
+                        KEEP(y.v);
+                        for (int r = 0; r < 2; r++) part[4 * r + c] = Chunk<bf16>::mad(part[4 * r + c], x[r], y);
+                    }
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    const vec s = load16((const float*)(b + 512) + 16 * (i & 3));
+                    sum[8 * half + i] = (vec)_mm512_fmadd_ps((__m512)part[i], (__m512)s, (__m512)sum[8 * half + i]);
+                }
+            }
+        for (long k = 0; k < (K & 127); k += 32, a += 128, b += 128)
+            for (int r = 0; r < 4; r++)
+                for (int c = 0; c < 4; c++)
+                    sum[4 * r + c] = Chunk<bf16>::mad(sum[4 * r + c], Chunk<bf16>::take(a + 32 * r), Chunk<bf16>::take(b + 32 * c));
+        return lane_sums(sum);
+    }
+#else
+    APART vec dots(const bf16* a, long n, long end) const {
+        const uint8_t *p[16], *s[16];
+        for (int r = 0; r < 16; r++) {
+            long row = std::min(n + r, end - 1);
+            p[r] = w + (row * K >> 1), s[r] = scale + row * (K >> 5);
+        }
+        vec sum[16] = {};
+        for (long b = 0; b < K >> 5; b++) {
+            Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
+            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + 16 * b, s[r][b]));
+        }
+        return lane_sums(sum);
+    }
+    static constexpr bool ordered = false;
+    static long room(long K) { return 4 * K; }
+    void group(long n, long end, bf16* out) const { pack<4>(n, end, out); }
+    static vec dots4x4(const bf16* a, const bf16* b, long K) { return ::dots4x4(a, b, room(K)); }
+#endif
 };
 
 // Rows of E4M3; a scale for every 128 x 128.
@@ -235,4 +347,8 @@ struct Fp8 {
         }
         return s[0] == s[15] ? dots16<true>(a, p, s) : dots16<false>(a, p, s);
     }
+    static constexpr bool ordered = false;
+    static long room(long K) { return 4 * K; }
+    void group(long n, long end, bf16* out) const { pack<4>(n, end, out); }
+    static vec dots4x4(const bf16* a, const bf16* b, long K) { return ::dots4x4(a, b, room(K)); }
 };
