@@ -1,5 +1,5 @@
-"""Where one decoded token of a full-size Flash layer spends its time: every C++ call with its bytes and its share of the
-bandwidth, and what lies between the calls (Python and torch).
+"""Where one decoded token of a full-size Flash layer spends its time: every C++ call with its bytes and its share of
+the bandwidth, and what lies between the calls (Python and torch).
 
     python benchmarks/flash_steps.py --context 4096 --json runs/flash_steps.json
 
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,18 @@ def steps(spec: dict[str, Any]) -> dict[str, Any]:
     marks.append(len(watched.seen))
     for i, name in enumerate(LAYERS):
         calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for start, end in list(zip(marks, marks[1:]))[i :: len(LAYERS)]:
+        for start, end in list(pairwise(marks))[i :: len(LAYERS)]:
             mine: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
             for call, size, seconds in watched.seen[start:end]:
                 mine[call][0] += size
                 mine[call][1] += 1000 * seconds
             for call, (size, ms) in mine.items():
                 calls[call].append((size, ms))
-        middle = [[c, statistics.median(s for s, _ in v), statistics.median(ms for _, ms in v)] for c, v in calls.items()
-                  if len(v) > spec["decode"] / 2]  # fmt: skip
+        middle = [
+            [call, *(statistics.median(column) for column in zip(*seen))]
+            for call, seen in calls.items()
+            if len(seen) > spec["decode"] / 2
+        ]
         found[name] = {"ms": plain[i], "calls": middle}
     return found
 
@@ -147,7 +151,8 @@ def table(record: dict[str, Any], name: str, side: str, bandwidth: float) -> str
         rows.append([call, f"{size / 1e6:.2f}" if size else "", f"{ms:.3f}", share])
     inside, size = sum(ms for _, _, ms in layer["calls"]), sum(size for _, size, _ in layer["calls"])
     rows.append(["between the calls", "", f"{layer['ms'] - inside:.3f}", ""])
-    rows.append(["**together**", f"{size / 1e6:.1f}", f"{layer['ms']:.2f}", f"{size / layer['ms'] / 1e6 / bandwidth:.0%}"])
+    share = f"{size / layer['ms'] / 1e6 / bandwidth:.0%}"
+    rows.append(["**together**", f"{size / 1e6:.1f}", f"{layer['ms']:.2f}", share])
     return f"{side}, {name}\n\n" + bench.table(["call", "MB", "ms", "of the bandwidth"], rows)
 
 

@@ -253,6 +253,61 @@ def test_packed_experts(rows: int, choices: int, form: numerics.Format) -> None:
 
 @needs_library
 @torch.no_grad()
+@pytest.mark.parametrize("form", [numerics.FP4, numerics.FP8])
+def test_a_row_of_a_packed_layer_does_not_know_its_batch(form: numerics.Format) -> None:
+    """Rows of whole 128s and of some 32s more; the same bits alone, in any batch, and with any number of threads."""
+    x, w = normal(130, 320).bfloat16(), packed((200, 320), form, 1)
+    stacks = [packed(shape, form, i) for i, shape in enumerate([(5, 192, 320), (5, 320, 192), (5, 192, 320)])]
+    chosen = torch.rand(130, 5, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :3]
+    weights = chosen.float() + 0.5
+
+    def run(part: slice) -> tuple[Tensor, Tensor]:
+        routed = linear.packed_experts(x[part], chosen[part], weights[part], *stacks, 7.0)
+        return linear.packed_linear(x[part], w), routed
+
+    whole, threads = run(slice(None)), torch.get_num_threads()
+    try:
+        for count, size in ((1, 1), (2, 3), (2, 7), (1, 64), (3, 130)):
+            torch.set_num_threads(count)
+            for start in range(0, 130, size):
+                part = slice(start, start + size)
+                assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_does_not_know_its_batch(dtype: torch.dtype) -> None:
+    """Few queries are shared by the threads, many are divided among them; entering a site takes four rows at once."""
+    tokens, heads, dim, entries, k = 40, 9, 64, 90, 33
+    q, keys = normal(1, tokens, heads, dim).to(dtype), normal(1, entries, dim, seed=1).to(dtype)
+    window, sink = normal(1, tokens + 20, dim, seed=2).to(dtype), normal(heads, seed=3).detach()
+    weights, streams = normal(1, tokens, heads, seed=4).detach(), normal(1, tokens, 4, 48, seed=5).to(dtype)
+    site = [t.detach() for t in (normal(24, 192, seed=6), normal(24, seed=7), normal(3, seed=8))]
+    to = torch.arange(20, tokens + 20, dtype=torch.int32)[None]
+    low, high = torch.zeros(1, tokens, dtype=torch.int64), torch.arange(entries - tokens, entries)[None]
+
+    def run(part: slice) -> tuple[Tensor, ...]:
+        cut = [t[:, part].contiguous() for t in (q, weights, low, high, to, streams)]
+        picked = attend.choose(cut[0], cut[1], keys, cut[2], cut[3], k)
+        out = attend.attend(cut[0], window, cut[4] - 20, cut[4], keys, cut[2], cut[3], picked, sink, 0.1)
+        return picked[0], out, *hyper_connections.hc_enter(cut[5], *site, 20, 1e-6, 1e-6)
+
+    whole, threads = run(slice(None)), torch.get_num_threads()
+    try:
+        for count, size in ((1, 1), (2, 1), (2, 3), (3, 10), (2, 17)):
+            torch.set_num_threads(count)
+            for start in range(0, tokens, size):
+                part = slice(start, start + size)
+                assert all(torch.equal(a, b[:, part]) for a, b in zip(run(part), whole))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@torch.no_grad()
 @given(st.integers(1, 40), st.sampled_from([(64, 64), (192, 64), (224, 16), (512, 64)]), DTYPES, st.integers(-12, 12))
 def test_rows_of_a_cache(rows: int, shape: tuple[int, int], dtype: torch.dtype, size: int) -> None:
     """To the bit, ties and the sign of zero included; values around every step of either format."""
