@@ -87,10 +87,10 @@ def doctor(
         for name, (probe, level) in found.items():
             if probe.usable:
                 typer.echo(
-                    f"{name:15} ok   {probe.seconds * 1000:7.0f} ms  level {level}: {ISOLATION[level]}; {probe.reason}"
+                    f"{name:20} ok   {probe.seconds * 1000:7.0f} ms  level {level}: {ISOLATION[level]}; {probe.reason}"
                 )
             else:
-                typer.echo(f"{name:15} no   {probe.reason}" + (f"\n{'':20} fix: {probe.fix}" if probe.fix else ""))
+                typer.echo(f"{name:20} no   {probe.reason}" + (f"\n{'':25} fix: {probe.fix}" if probe.fix else ""))
     if only and not all(found[name][0].usable for name in only):  # other runtimes are a choice
         raise typer.Exit(1)
 

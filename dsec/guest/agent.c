@@ -3,7 +3,7 @@
  *
  *   agent --listen FD [--drop] [--wall FOLDER] [--filter FILE]   a listening unix socket, inherited; the newest connection wins
  *   agent --device PATH            a serial or virtio port, or "-": standard input; the host opens a session with MAGIC, which
- *                                  is echoed
+ *                                  is echoed; or "vsock:PORT", to listen there for the host and nobody else
  *
  * --drop: commands get no capability and no way back to one (containers; in a machine root stays root). --wall:
  * nothing outside the folder can be opened (walls.h). --filter: the system call filter, where who started us had none.
@@ -17,6 +17,7 @@
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/openat2.h>
+#include <linux/vm_sockets.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -519,6 +520,24 @@ static void receive(void) {
     if (!frames(in.n)) hang_up();
 }
 
+static int from_host;
+
+static int vsock_listener(unsigned port) {
+    struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_port = port, .svm_cid = VMADDR_CID_ANY};
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, 4)) die("vsock");
+    from_host = 1;
+    return fd;
+}
+
+static int next_host(void) { /* a connection that waits, or -1; a process of the guest is not the host */
+    struct sockaddr_vm peer = {0};
+    socklen_t size = sizeof peer;
+    int fd = accept4(listener, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd >= 0 && from_host && peer.svm_cid != VMADDR_CID_HOST) { close(fd); return -1; }
+    return fd;
+}
+
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "--listen") && i + 1 < argc) listener = atoi(argv[++i]);
@@ -527,6 +546,10 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--wall") && i + 1 < argc) wall(argv[++i]);
         else if (!strcmp(argv[i], "--filter") && i + 1 < argc) put_on_filter(argv[++i]);
         else { dprintf(2, "usage: agent --listen FD | --device PATH [--drop]\n"); return 2; }
+    if (device_path && !strncmp(device_path, "vsock:", 6)) {
+        listener = vsock_listener(atoi(device_path + 6));
+        device_path = NULL;
+    }
     if (device_path) {
         device = 1;
         if ((conn = !strcmp(device_path, "-") ? fcntl(0, F_DUPFD_CLOEXEC, 3) : open(device_path, O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK)) < 0) die(device_path);
@@ -579,7 +602,7 @@ int main(int argc, char **argv) {
             else if (sent < 0 && errno != EAGAIN && errno != EINTR && !device) hang_up();
         }
         if (fds[0].revents) {
-            int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+            int fd = next_host();
             if (fd >= 0) { hang_up(); conn = fd; greet(); }
         }
         sweep();

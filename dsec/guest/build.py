@@ -27,11 +27,13 @@ def home() -> Path:
 
 
 @cache
-def program(source: Path, folder: Path) -> Path:
-    """The static program made from a C file, built in `folder` unless it is there. Raises SubstrateUnavailable."""
+def program(source: Path, folder: Path, static: bool = True) -> Path:
+    """The program made from a C file, built in `folder` unless it is there. Raises SubstrateUnavailable. One that loads
+    libraries at run time is not static."""
+    flags = FLAGS if static else FLAGS[1:]
     text = source.read_bytes()
     text += b"".join((source.parent / os.fsdecode(name)).read_bytes() for name in _INCLUDED.findall(text))
-    target = folder / f"{source.stem}-{hashlib.sha256(text + ' '.join(FLAGS).encode()).hexdigest()[:16]}"
+    target = folder / f"{source.stem}-{hashlib.sha256(text + ' '.join(flags).encode()).hexdigest()[:16]}"
     if target.exists():
         return target
     carried = source.with_suffix("")  # a wheel may carry it prebuilt
@@ -47,7 +49,7 @@ def program(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "program"
-        done = subprocess.run([compiler, *FLAGS, "-o", built, source], capture_output=True, text=True)
+        done = subprocess.run([compiler, *flags, "-o", built, source], capture_output=True, text=True)
         if done.returncode:
             raise SubstrateUnavailable(
                 f"{source.name} does not compile",

@@ -18,7 +18,7 @@ from typing import Any
 
 from dsec.errors import ImageError, NotFound, SubstrateUnavailable
 from dsec.guest.protocol import VERSION
-from dsec.substrates import qemu
+from dsec.substrates import engines, qemu
 from dsec.substrates.qemu import Ram
 
 LAYERS = 20
@@ -53,13 +53,16 @@ class Checkpoint:
     accel: str
     root: Root
     ram: Ram | None = field(default=None, repr=False)
+    monitor: str = ""
+    """What it ran in: "" is QEMU."""
 
     @classmethod
     def known(cls, folder: Path, meta: dict[str, Any]) -> Checkpoint:
         """From what `describe` gave; nothing is checked."""
         files = tuple(Path(file[0]) for file in meta["root"]["files"])
         root = Root(files, meta["root"]["format"], meta["root"]["boot"])
-        return cls(folder, int(meta["memory"]), int(meta["cpus"]), str(meta["accel"]), root)
+        monitor = meta.get("monitor", [""])[0]
+        return cls(folder, int(meta["memory"]), int(meta["cpus"]), str(meta["accel"]), root, monitor=monitor)
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -84,7 +87,10 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """All but the memory, as JSON."""
         shape = {"memory": self.memory, "cpus": self.cpus, "accel": self.accel}
-        return {**shape, "root": self.root.describe(), "qemu": qemu_identity(), "agent": VERSION}
+        program = (
+            {"monitor": [self.monitor, *engines.identity(self.monitor)]} if self.monitor else {"qemu": qemu_identity()}
+        )
+        return {**shape, "root": self.root.describe(), **program, "agent": VERSION}
 
     def load(self) -> Ram:
         """Its memory, sealed; read from the folder the first time."""

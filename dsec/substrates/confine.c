@@ -1,11 +1,11 @@
 /* Takes every privilege from itself, then becomes QEMU.
  *
- *   confine [--cgroup DIR]... [--uid UID] [--group GID] --files BYTES -- PROGRAM ARG...
+ *   confine [--cgroup DIR]... [--uid UID] [--group GID] [--show NAME=PATH]... [--box DIR] --files BYTES -- PROGRAM ARG...
  *
  * With --uid (we are root) PROGRAM runs as that host id, which owns nothing; without, as the caller inside a user namespace
  * of its own. Either way: member of its cgroups first, an empty network, ipc and uts namespace, no core file, no new
  * privileges, no file longer than --files, and a root of its own that holds the host's programs (/usr, read-only), four
- * devices and its own process, and nothing else of the host. --group is one supplementary group (that of /dev/kvm). */
+ * devices, its own process, what --show names (read-only) and the folder --box as /box, and nothing else of the host. --group is one supplementary group (that of /dev/kvm). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -50,6 +50,18 @@ static void bind_to(const char *from, const char *to, unsigned long flags) {
     if (flags && mount(NULL, to, NULL, MS_BIND | MS_REMOUNT | flags, NULL)) die(to);
 }
 
+static const char *shown[40], *box; /* NAME=PATH: what is found as /NAME */
+static int shows;
+
+static void show(const char *name, const char *path, unsigned long flags) {
+    struct stat s;
+    if (stat(path, &s)) die(path);
+    int fd = S_ISDIR(s.st_mode) ? mkdir(name, 0755) : open(name, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
+    if (fd < 0) die(name);
+    if (!S_ISDIR(s.st_mode)) close(fd);
+    bind_to(path, name, flags | MS_NOSUID | MS_NODEV);
+}
+
 static void own_root(void) { /* built on /sys, which is always there and which nobody here shall see */
     static const char *const parts[] = {"bin", "sbin", "lib", "lib32", "lib64", "libx32"}, *const nodes[] = {"null", "urandom", "zero", "kvm"};
     char from[64], to[64], link[256];
@@ -73,6 +85,11 @@ static void own_root(void) { /* built on /sys, which is always there and which n
         close(fd);
         bind_to(from, to, 0);
     }
+    for (int i = 0; i < shows; i++) {
+        snprintf(to, sizeof to, "%.*s", (int)strcspn(shown[i], "="), shown[i]);
+        show(to, shown[i] + strlen(to) + 1, MS_RDONLY);
+    }
+    if (box) show("box", box, 0);
     if (mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible,subset=pid")) { /* only root may */
         snprintf(from, sizeof from, "/proc/%d", getpid());
         snprintf(to, sizeof to, "proc/%d", getpid());
@@ -96,6 +113,8 @@ int main(int argc, char **argv) {
             if (fd < 0 || write(fd, "0", 1) != 1) die(path);
             close(fd);
         } else if (!strcmp(argv[i], "--uid")) uid = atol(argv[i + 1]);
+        else if (!strcmp(argv[i], "--box")) box = argv[i + 1];
+        else if (!strcmp(argv[i], "--show") && shows < 40 && strchr(argv[i + 1], '=')) shown[shows++] = argv[i + 1];
         else if (!strcmp(argv[i], "--group")) groups[count++ & 0] = atol(argv[i + 1]);
         else if (!strcmp(argv[i], "--files")) limit(RLIMIT_FSIZE, strtoull(argv[i + 1], NULL, 10));
         else { errno = EINVAL; die(argv[i]); }

@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,8 @@ from dsec.guest import build
 
 # Drivers of the devices we attach and the file systems of a root; what they depend on is read from the modules.
 MODULES = ["virtio_pci", "virtio_console", "virtio_blk", "virtio-rng", "erofs", "overlay"]
+VSOCK_MODULES = ["virtio_mmio", "virtio_blk", "virtio-rng", "vmw_vsock_virtio_transport", "erofs", "overlay"]
+"""For monitors without PCI: devices that the command line or ACPI names, and the agent's way to the host."""
 PACKAGE = "linux-image-cloud-amd64"
 _EXTRACT = (
     "set -e; name=$(apt-cache depends {package} | sed -n 's/.*Depends: \\(linux-image-[0-9]\\)/\\1/p' | head -n1); "
@@ -31,7 +34,8 @@ _EXTRACT = (
 
 # PID 1 of every machine of ours. It waits for the agent in the foreground, and so reaps whatever is orphaned; when the
 # agent is gone the machine is, because QEMU runs with -no-reboot. Words "dsec.name=value" of the kernel's command line
-# become variables: layers (how many disks, the lowest first), size (MiB that may be written), boot.
+# become variables: layers (how many disks, the lowest first), size (MiB that may be written), boot, vsock (the
+# port on which the agent listens, where there is no virtio-serial).
 INIT = r"""#!/bin/busybox sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
 /bin/busybox mkdir -p /proc /sys /dev /run /tmp /root /etc /lower /upper /new /usr/bin /usr/sbin /sbin
@@ -42,6 +46,7 @@ mount -t sysfs -o nosuid,nodev,noexec sys /sys
 for m in $(cat /modules/order); do insmod /modules/$m || fail module $m; done
 for w in $(cat /proc/cmdline); do case $w in dsec.*=*) eval "${w#dsec.}";; esac; done
 n=0
+[ -n "$vsock" ] && port=vsock:$vsock
 while [ -z "$port" ]; do # ports appear, and get their names, some time after their driver
   for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name 2>/dev/null)" = dsec.agent ] && port=/dev/${p##*/}; done
   n=$((n+1)); [ $n -gt 200 ] && fail no agent port; [ -n "$port" ] || sleep 0.05
@@ -146,8 +151,8 @@ def _module(found: Kernel, name: str) -> tuple[bytes, list[str]]:
     return b"", []  # built in
 
 
-def _modules(found: Kernel) -> dict[str, bytes]:
-    """MODULES and what they need, in an order that loads."""
+def _modules(found: Kernel, names: list[str]) -> dict[str, bytes]:
+    """Modules and what they need, in an order that loads."""
     ordered: dict[str, bytes] = {}
 
     def add(name: str) -> None:
@@ -158,7 +163,7 @@ def _modules(found: Kernel) -> dict[str, bytes]:
         if data:
             ordered[name] = data
 
-    for name in MODULES:
+    for name in names:
         add(name)
     return ordered
 
@@ -176,14 +181,40 @@ def cpio(files: dict[str, tuple[int, bytes]]) -> bytes:
     return bytes(out)
 
 
+def elf(home: Path, found: Kernel) -> Path:
+    """The kernel itself, taken out of its bootable file, as monitors want it that are no firmware.
+
+    The x86 boot protocol (Documentation/arch/x86/boot.rst, 2.08) says where it lies. SubstrateUnavailable if it is
+    packed in another way than LZ4 (Debian's), xz or gzip.
+    """
+    target = home / "vm" / f"vmlinux-{found.release}"
+    if not target.exists():
+        data = found.image.read_bytes()
+        start = ((data[0x1F1] or 4) + 1) * 512 + int.from_bytes(data[0x248:0x24C], "little")
+        packed = data[start : start + int.from_bytes(data[0x24C:0x250], "little")]
+        plain = b""
+        if packed.startswith(b"\x02\x21\x4c\x18"):
+            unlz4 = build.program(Path(__file__).with_name("unlz4.c"), home / "cache")
+            plain = subprocess.run([unlz4], input=packed, capture_output=True, check=True).stdout
+        elif packed.startswith(b"\xfd7zXZ\0"):
+            plain = lzma.LZMADecompressor().decompress(packed)
+        elif packed.startswith(b"\x1f\x8b"):
+            plain = zlib.decompressobj(31).decompress(packed)
+        if not plain.startswith(b"\x7fELF"):
+            reason = f"{found.image} is not packed with LZ4, xz or gzip"
+            raise SubstrateUnavailable(reason, reason=reason, fix="set DSEC_VMLINUX to an uncompressed kernel (ELF)")
+        publish(target, plain)
+    return target
+
+
 @lru_cache(maxsize=4)
-def initrd(home: Path, found: Kernel) -> Path:
+def initrd(home: Path, found: Kernel, vsock: bool = False) -> Path:
     """The initrd for that kernel, kept under the hash of what it holds. Needs busybox, statically linked."""
     busybox = shutil.which("busybox")
     if busybox is None or b"ld-linux" in Path(busybox).read_bytes()[:4096]:
         reason = "no static busybox"
         raise SubstrateUnavailable(reason, reason=reason, fix="apt-get install busybox-static")
-    modules = _modules(found)
+    modules = _modules(found, VSOCK_MODULES if vsock else MODULES)
     files = dict.fromkeys(("bin", "dev", "modules"), (stat.S_IFDIR | 0o755, b""))
     files["dev/console"] = (stat.S_IFCHR | 0o600, b"5:1")
     files["init"] = (stat.S_IFREG | 0o755, INIT.encode())

@@ -24,12 +24,12 @@ from typing import Any
 
 from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
 from dsec.guest import build
-from dsec.guest.protocol import Agent, Process
 from dsec.launch import cgroups
 from dsec.launch.cgroups import Cgroup
-from dsec.substrates import linux, qemu
+from dsec.substrates import engines, linux, qemu
 from dsec.substrates.base import Probe
 from dsec.substrates.checkpoint import NAME, Checkpoint, Root, disk_size, file_system, qcow2
+from dsec.substrates.monitor import GuestAgent, Monitor, started
 from dsec.substrates.qemu import Disk, Machine, Qemu, Ram
 from dsec.types import Capabilities, Spec, Stats
 
@@ -47,20 +47,19 @@ SYSTEMD = " systemd.firstboot=off systemd.show_status=no" + "".join(
     "dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-random-seed.service".split()
 )
 """What a machine that lives for minutes has no use for; first boot would ask its console for a time zone."""
-HANG = 1.0
-"""Seconds a guest has to end a command that is killed, before the machine is."""
 _Boot = tuple[linux.Kernel, Path]
 
 
-def capabilities(accel: str) -> Capabilities:
+def capabilities(accel: str, forks: bool = True) -> Capabilities:
     """Of a machine that runs on "kvm" or "tcg"."""
-    return Capabilities(4 if accel == "kvm" else 3, fork_memory=True, network=True, limits="machine")
+    return Capabilities(4 if accel == "kvm" else 3, fork_memory=forks, network=True, limits="machine")
 
 
 class MicroVMSubstrate:
     """See base.Substrate."""
 
     name = "microvm"
+    runtimes: tuple[str, ...] = tuple(engines.RUNTIMES)
     boot_deadline = 120.0
     code = 32
 
@@ -77,16 +76,20 @@ class MicroVMSubstrate:
         """Of machines made now; level 4 only after KVM has booted one."""
         return capabilities(self._accel)
 
-    async def probe(self) -> Probe:
+    def isolation(self, spec: Spec) -> int:
+        """What the runtime that `spec` names gives: all but QEMU need KVM."""
+        return 4 if spec.runtime else self.capabilities.isolation
+
+    async def probe(self, runtime: str = "") -> Probe:
         begin = time.perf_counter()
         try:
             with tempfile.TemporaryDirectory(prefix="dsec-probe-") as scratch:
-                running = await self.create("probe", Spec(substrate=self.name), Path(scratch))  # type: ignore[arg-type]
+                running = await self.create("probe", Spec(substrate=self.name, runtime=runtime), Path(scratch))  # type: ignore[arg-type]
                 try:
                     done = await asyncio.wait_for(running.agent.exec(["true"], lambda kind, data: None).done, 30)
                 finally:
                     await running.destroy()
-            how = "KVM" if self._accel == "kvm" else "software emulation"
+            how = f"{runtime}, KVM" if runtime else "KVM" if self._accel == "kvm" else "software emulation"
             return Probe(done.code == 0, how, "", time.perf_counter() - begin)
         except SubstrateUnavailable as error:
             return Probe(False, error.reason, error.fix)
@@ -94,15 +97,18 @@ class MicroVMSubstrate:
             return Probe(False, str(error) or "no answer", qemu.FIX)
 
     async def create(self, id: str, spec: Spec, folder: Path, snapshot: Path | None = None) -> VirtualMachine:
+        if spec.runtime and spec.runtime not in self.runtimes:
+            known = ", ".join(self.runtimes) or "nothing else"
+            raise InvalidRequest(f'a {self.name} has the runtime "" (QEMU) or {known}, not {spec.runtime!r}')
         if spec.runtime:
-            raise InvalidRequest(f'a {self.name} has one runtime, QEMU: runtime="", not {spec.runtime!r}')
+            return await self._create_on(spec, folder, snapshot)
         point = await self._opened(snapshot) if snapshot is not None else await self._template(spec)
         await asyncio.to_thread(point.load)
         group = self._claim(point.memory, spec.cpu)
         running: VirtualMachine | None = None
         try:
             machine = self._start(point, folder, group, spec.disk)
-            running = VirtualMachine(self, machine, point, await _connect(machine))
+            running = VirtualMachine(self, machine, point, await machine.agent(10.0))
             await running.wake(WAKE_DEADLINE, known=snapshot is not None)
         except BaseException:
             if running is not None:
@@ -113,13 +119,68 @@ class MicroVMSubstrate:
             raise
         return running
 
+    async def _create_on(self, spec: Spec, folder: Path, snapshot: Path | None) -> VirtualMachine:
+        """A machine of another monitor: cloned from a template where that can be, else booted."""
+        if snapshot is not None:
+            raise InvalidRequest(f"{spec.runtime} starts from no snapshot of a machine here")
+        engines.needed(spec.runtime)
+        root = await self.root(spec)
+        point = Checkpoint(folder, max(64, spec.memory), max(1, math.ceil(spec.cpu)), "kvm", root, monitor=spec.runtime)
+        engine = engines.Engine(self.home, point, spec.disk)
+        if spec.runtime == "firecracker":
+            what = [point.describe(), await asyncio.to_thread(engine.files), spec.disk]
+            target = (
+                self.home / "vm/templates" / hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
+            )
+            async with self._building.setdefault(target.name, asyncio.Lock()):
+                if not (target / NAME).exists():
+                    await self._save_template(engine, target)
+            engine.template = target
+        return await self._run(engine, folder)
+
+    async def _run(self, engine: engines.Engine, folder: Path) -> VirtualMachine:
+        group = self._claim(engine.point.memory, engine.point.cpus)
+        running: VirtualMachine | None = None
+        machine: Monitor | None = None
+        try:
+            machine = await engine.start(folder, group)
+            running = VirtualMachine(self, machine, engine.point, await machine.agent(engines.BOOT_DEADLINE))
+            await running.wake(WAKE_DEADLINE)
+        except BaseException:
+            if running is not None:
+                await running.destroy()
+            else:
+                if machine is not None:
+                    await machine.kill()
+                self.bury(group, folder)
+            raise
+        return running
+
+    async def _save_template(self, engine: engines.Engine, target: Path) -> None:
+        """Boots a machine and saves it, once. (Saving ends its connections, so a sandbox that lives is not saved.)"""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".boot-"))
+        made = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
+        running = await self._run(engine, scratch)
+        try:
+            await running.agent.ping()
+            await running.machine.stop()
+            await running.machine.save(made)
+            (made / NAME).write_text(json.dumps(engine.point.describe()))
+            made.chmod(0o711)
+            os.rename(made, target)
+        finally:
+            await running.destroy()
+            await asyncio.to_thread(shutil.rmtree, made, True)
+
     async def adopt(self, id: str, spec: Spec, folder: Path, state: dict[str, Any]) -> VirtualMachine:
-        if not state["started"] or qemu.started(int(state["pid"])) != state["started"]:
+        if not state["started"] or started(int(state["pid"])) != state["started"]:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
         point = Checkpoint.known(folder, state["point"])
-        machine = Qemu(int(state["pid"]), folder, group)
-        return VirtualMachine(self, machine, point, await _connect(machine))
+        kind = engines.RUNTIMES[spec.runtime] if spec.runtime else Qemu
+        machine = kind(int(state["pid"]), folder, group)
+        return VirtualMachine(self, machine, point, await machine.agent(10.0))
 
     async def close(self) -> None:
         if self._burials:
@@ -186,7 +247,7 @@ class MicroVMSubstrate:
                 size = disk_size(point.root.disks[0], point.root.format)
                 (scratch / "disk.qcow2").write_bytes(qcow2(size))
             machine = self._start(booting, scratch, group, disk, boot=(kernel, initrd))
-            running = VirtualMachine(self, machine, booting, await _connect(machine))
+            running = VirtualMachine(self, machine, booting, await machine.agent(10.0))
             await running.settle(self.boot_deadline)
             await running.snapshot(target)
         finally:
@@ -269,7 +330,7 @@ class MicroVMSubstrate:
         machine: Qemu | None = None
         try:
             machine = self._start(point, scratch, group, 16, boot=(kernel, initrd))
-            agent = await _connect(machine)
+            agent = await machine.agent(10.0)
             await asyncio.wait_for(asyncio.shield(agent.hello), KVM_DEADLINE)
             agent.close()
             self._accel = "kvm"
@@ -288,32 +349,6 @@ class MicroVMSubstrate:
         linux.publish(self._memo(), self._accel.encode())
 
 
-class GuestAgent(Agent):
-    """The agent of a machine, whose kernel is the guest's: that a kill works is for the guest to prove, in time."""
-
-    closed = False
-
-    def send(self, kind: bytes, id: int, payload: bytes = b"") -> None:
-        super().send(kind, id, payload)
-        if (kind == b"K" or (kind == b"S" and payload == b"\x09")) and id in self._processes:
-            asyncio.get_running_loop().call_later(HANG, self._check, self._processes[id])
-
-    def _check(self, process: Process) -> None:
-        if not process.done.done():
-            self._fail(f"the guest did not end a killed command within {HANG} s")
-
-    def close(self) -> None:
-        self.closed = True
-        super().close()
-
-
-async def _connect(machine: Qemu) -> GuestAgent:
-    with qemu.reachable(machine.folder, "agent.sock") as path:
-        agent = await GuestAgent.connect(path, serial=True)
-    assert isinstance(agent, GuestAgent)
-    return agent
-
-
 async def _bury(group: Cgroup | None, folder: Path) -> None:
     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
     for _ in range(100):
@@ -326,9 +361,9 @@ async def _bury(group: Cgroup | None, folder: Path) -> None:
 class VirtualMachine:
     """See base.Running."""
 
-    def __init__(self, of: MicroVMSubstrate, machine: Qemu, point: Checkpoint, agent: GuestAgent) -> None:
+    def __init__(self, of: MicroVMSubstrate, machine: Monitor, point: Checkpoint, agent: GuestAgent) -> None:
         self.agent, self.machine, self.point = agent, machine, point
-        self.capabilities = capabilities(point.accel)
+        self.capabilities = capabilities(point.accel, machine.forks)
         self._of, self._frozen, self._gone, self._lock = of, False, False, asyncio.Lock()
         agent.failed.add_done_callback(
             lambda failed: agent.closed or asyncio.ensure_future(self._lost(failed.result()))
@@ -390,11 +425,11 @@ class VirtualMachine:
         return f"the end of its console: {(await self.machine.console())[-400:]!r}"
 
     async def freeze(self) -> None:
-        await (await self.machine.qmp()).execute("stop")
+        await self.machine.stop()
         self._frozen = True
 
     async def thaw(self) -> None:
-        await (await self.machine.qmp()).execute("cont")
+        await self.machine.cont()
         self._frozen = False
         await self.wake(WAKE_DEADLINE)  # its clock stood still
 
@@ -403,6 +438,8 @@ class VirtualMachine:
             raise SandboxFailed(f"it is dead: {self.machine.end.result()}")
         if target.exists():
             raise FileExistsError(f"{target} is there already")
+        if not self.machine.forks:
+            raise InvalidRequest(f'{self.machine.name} has no snapshots of running machines here: runtime=""')
         async with self._lock:
             scratch = target.with_name(target.name + ".part")
             await asyncio.to_thread(shutil.rmtree, scratch, True)
@@ -411,14 +448,13 @@ class VirtualMachine:
             if not frozen:
                 await self.freeze()
             try:
-                await self.machine.save_devices(scratch / "device")
+                await self.machine.save(scratch)
                 await asyncio.to_thread(self._copy, scratch, target)
             finally:
                 if not frozen and not self.machine.end.done():
                     await self.thaw()
 
     def _copy(self, scratch: Path, target: Path) -> None:
-        self.machine.save_memory(scratch / "ram")
         if (self.machine.folder / "disk.qcow2").exists():
             shutil.copyfile(self.machine.folder / "disk.qcow2", scratch / "disk.qcow2")
         (scratch / NAME).write_text(json.dumps(self.point.describe()))

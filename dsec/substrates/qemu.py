@@ -15,18 +15,15 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
-import subprocess
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsec.errors import Capacity, SandboxFailed, SubstrateUnavailable, Timeout
-from dsec.guest import build
+from dsec.errors import SandboxFailed, SubstrateUnavailable, Timeout
 from dsec.launch.cgroups import Cgroup
+from dsec.substrates.monitor import GuestAgent, Monitor, _printable, confined, reachable
 
 BINARY = "qemu-system-x86_64"
 FIX = "apt-get install qemu-system-x86"
@@ -223,69 +220,44 @@ class Qmp:
         self._writer.close()
 
 
-class Qemu:
-    """A running QEMU. Files of `folder`: agent.sock, qmp.sock, device (saved state), log (its standard error)."""
+class Qemu(Monitor):
+    """A running QEMU. Files of `folder`: agent.sock, qmp.sock, device (saved state), log."""
+
+    name = "QEMU"
+    forks = True
 
     def __init__(self, pid: int, folder: Path, group: Cgroup | None) -> None:
-        self.pid, self.folder, self.group = pid, folder, group
-        self.started = started(pid)
-        self.blame = ""  # why we killed it
-        self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        super().__init__(pid, folder, group)
         self._qmp: Qmp | None = None
         self._connecting = asyncio.Lock()
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self.end.set_result("QEMU had ended")
-        else:
-            asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
 
     @classmethod
     def start(cls, machine: Machine, folder: Path, home: Path, group: Cgroup | None, files: int = 0) -> Qemu:
         """Starts it confined. `files`: MiB its own files may grow to. Raises SubstrateUnavailable or Capacity."""
-        confine = build.program(Path(__file__).with_name("confine.c"), home / "cache")
         with contextlib.ExitStack() as stack:
             qmp, port = (stack.enter_context(_listen(folder, name)) for name in ("qmp.sock", "agent.sock"))
             state = os.open(folder / "device", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, state)
             log = stack.enter_context((folder / "log").open("wb"))
             command, fds = machine.argv(qmp.fileno(), port.fileno(), state, log.fileno())
-            walls = [str(confine), "--files", str((files + 16) << 20)]
-            walls += [part for path in (group.folders if group else []) for part in ("--cgroup", str(path))]
-            walls += ["--uid", str(group.base)] if group is not None and os.geteuid() == 0 else []
-            walls += ["--group", str(os.stat("/dev/kvm").st_gid)] if machine.accel == "kvm" else []
-            try:
-                process = subprocess.Popen(
-                    [*walls, "--", *command],
-                    pass_fds=fds,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd="/",
-                    env={"PATH": os.defpath, "LANG": "C"},
-                    start_new_session=True,
-                )
-            except BlockingIOError as error:
-                raise Capacity(f"this host can start no more processes: {error}") from None
-        process.returncode = 0  # reaped by _exited, not by Popen
-        return cls(process.pid, folder, group)
+            pid = confined(home, folder, group, command, files=files, kvm=machine.accel == "kvm", fds=fds)
+        return cls(pid, folder, group)
 
-    def _exited(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        with contextlib.suppress(ChildProcessError):  # an adopted one is not our child
-            os.waitpid(self.pid, os.WNOHANG)
-        if not self.end.done():
-            self.end.set_result(self.why())
+    async def agent(self, deadline: float) -> GuestAgent:
+        with reachable(self.folder, "agent.sock") as path:
+            agent = await GuestAgent.connect(path, deadline, serial=True)
+        assert isinstance(agent, GuestAgent)
+        return agent
 
-    def why(self) -> str:
-        """Why it ended: what we killed it for, QEMU's last words, or that it was switched off."""
-        if self.blame:
-            return self.blame
-        if lines := self._log().splitlines():
-            return lines[-1]
-        killed = self.group is not None and self.group.stats().oom_kills
-        return "QEMU ran out of its memory" if killed else "the machine is off"
+    async def stop(self) -> None:
+        await (await self.qmp()).execute("stop")
+
+    async def cont(self) -> None:
+        await (await self.qmp()).execute("cont")
+
+    async def save(self, target: Path) -> None:
+        await self.save_devices(target / "device")
+        await asyncio.to_thread(self.save_memory, target / "ram")
 
     async def qmp(self) -> Qmp:
         """The control socket, connected when first needed."""
@@ -304,12 +276,6 @@ class Qemu:
         except (SandboxFailed, Timeout):
             return ""
         return _printable(str(text))
-
-    def _log(self) -> str:
-        """The end of what QEMU said, and while it boots, its guest."""
-        with contextlib.suppress(OSError):
-            return _printable((self.folder / "log").read_bytes()[-2000:].decode(errors="replace"))
-        return ""
 
     def save_memory(self, target: Path) -> None:
         """Copies a stopped machine's memory, as it sees it, into the sparse file `target`: what it shares with its
@@ -350,26 +316,9 @@ class Qemu:
         await asyncio.to_thread(shutil.copyfile, self.folder / "device", target)
 
     async def kill(self) -> None:
-        """SIGKILL, and waits for the end (at most 5 s: then the kernel is stuck with it)."""
-        if not self.end.done():
-            with contextlib.suppress(ProcessLookupError, OSError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self.end), 5)
+        await super().kill()
         if self._qmp is not None:
             self._qmp.close()
-
-
-def started(pid: int) -> int:
-    """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text[-2000:]).strip()
 
 
 def _link(path: Path) -> str:
@@ -377,20 +326,6 @@ def _link(path: Path) -> str:
         return os.readlink(path)
     except FileNotFoundError:
         return ""
-
-
-@contextlib.contextmanager
-def reachable(folder: Path, name: str) -> Iterator[str]:
-    """A path to a unix socket in `folder`; one over 107 bytes goes through the folder's descriptor."""
-    path = os.fspath(folder / name)
-    if len(os.fsencode(path)) < 108:
-        yield path
-        return
-    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{name}"
-    finally:
-        os.close(fd)
 
 
 def _listen(folder: Path, name: str) -> socket.socket:

@@ -28,6 +28,7 @@ class VMSubstrate(MicroVMSubstrate):
     """See base.Substrate."""
 
     name = "vm"
+    runtimes = ()
     boot_deadline = 240.0
     code = 256
 

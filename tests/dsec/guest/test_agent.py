@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -368,3 +371,36 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
     with pytest.raises(SubstrateUnavailable) as caught:
         build.agent(tmp_path)
     assert "gcc" in caught.value.fix
+
+
+def test_it_listens_on_vsock_for_the_host_alone(programs: Path) -> None:
+    """As far as that goes on one machine: the port is taken, and a local connection gets no greeting."""
+    try:
+        probe = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        probe.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"no vsock here: {error}")
+    port = probe.getsockname()[1]
+    probe.close()
+    process = subprocess.Popen([build.agent(programs), "--device", f"vsock:{port}"], stderr=subprocess.PIPE)
+    try:
+        for _ in range(200):
+            with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as other:
+                try:
+                    other.bind((socket.VMADDR_CID_ANY, port))
+                except OSError as error:
+                    assert error.errno == errno.EADDRINUSE
+                    break
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.01)
+        else:
+            raise AssertionError("it never listened")
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as local:
+            local.settimeout(1)
+            with contextlib.suppress(OSError):  # most hosts have no way from themselves to themselves
+                local.connect((1, port))
+                assert local.recv(9) == b"", "a process of the guest is not the host"
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()

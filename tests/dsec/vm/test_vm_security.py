@@ -22,7 +22,8 @@ from dsec.errors import ImageError, InvalidRequest, NotFound, SandboxFailed
 from dsec.guest import build
 from dsec.guest.protocol import MAGIC, MAX_FRAME, VERSION, fields, frame
 from dsec.substrates.checkpoint import disk_size, qcow2
-from dsec.substrates.microvm import HANG, GuestAgent, VirtualMachine
+from dsec.substrates.microvm import VirtualMachine
+from dsec.substrates.monitor import HANG, GuestAgent
 from dsec.substrates.qemu import Qemu, Ram
 from tests.dsec.conftest import ORDINARY
 
