@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
+import time
+from collections.abc import Container
 from pathlib import Path
 
 from dsec.trajectory.failpoint import crash, die, reached
@@ -25,7 +28,8 @@ class Blobs:
         """Stores `data` durably and returns its digest; LogFull or LogFailed otherwise, with nothing left behind."""
         digest = hashlib.sha256(data).hexdigest()
         path = self.path(digest)
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # whoever sweeps sees that it is wanted again
             return digest
         try:
             if not path.parent.exists():
@@ -57,7 +61,38 @@ class Blobs:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
+            if self._back(path):
+                return self.get(digest)
             raise corrupt(path, 0, "the blob is missing") from None
         if hashlib.sha256(data).hexdigest() != digest:
             raise corrupt(path, 0, "the blob's SHA-256 differs from its name")
         return data
+
+    def sweep(self, wanted: Container[str], age: float) -> int:
+        """Drops blobs that no record names and nobody has stored for `age` seconds -> bytes. A blob is renamed first:
+        whoever stores it then writes it anew, and one that was stored just before is put back."""
+        dropped = 0
+        for path in sorted(self.folder.glob("??/*")):
+            if path.name.startswith("gone."):
+                self._back(path.with_name(path.name.partition(".")[2]))
+            elif path.name not in wanted and path.stat().st_mtime < time.time() - age:
+                gone = path.with_name(f"gone.{path.name}")
+                os.rename(path, gone)
+                crash("blob.gone")
+                found = gone.stat()
+                if found.st_mtime >= time.time() - age:
+                    self._back(path)
+                else:
+                    gone.unlink()
+                    dropped += found.st_size
+        return dropped
+
+    def _back(self, path: Path) -> bool:
+        """Undoes the renaming of a sweep that was killed."""
+        gone = path.with_name(f"gone.{path.name}")
+        if not path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(gone, path)
+                return True
+        gone.unlink(missing_ok=True)
+        return path.exists()

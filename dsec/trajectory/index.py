@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
-from dsec.trajectory.segment import LogFull, Place, limits, scan, segments
+from dsec.trajectory.segment import Frame, LogFull, Place, limits, scan, segments, unpack
 
 TABLES = """
 create table if not exists segment (shard text, name text, end integer, primary key (shard, name)) without rowid;
@@ -50,6 +51,8 @@ class Index:
         seen: dict[str, list[str | int]] = {}
         known = {(shard, name): end for shard, name, end in self.database.execute("select * from segment")}
         for folder in self._folders():
+            for name in {name for shard, name in known if shard == folder.name and not (folder / name).exists()}:
+                self._forget(folder.name, name)  # compacted
             for path, limit in limits(folder, self._since.get(folder.name, "")).items():
                 if folder.name == self.own:
                     if durable and str(path) == durable.path:
@@ -80,6 +83,18 @@ class Index:
             for shard, name, offset, length, epoch, mark in rows
         ]
 
+    def newest(self, stream: int) -> int:
+        """The highest epoch that any frame of a branch has, deleted ones included; 0 if there is none."""
+        (found,) = self.database.execute("select max(epoch) from frame where stream = ?", (_signed(stream),)).fetchone()
+        return found or 0
+
+    def within(self, shard: str, name: str) -> list[tuple[int, int]]:
+        """(branch, bytes) of all that have frames in a segment."""
+        rows = self.database.execute(
+            "select stream, sum(length) from frame where shard = ? and name = ? group by stream", (shard, name)
+        )
+        return [(stream & 0xFFFF_FFFF_FFFF_FFFF, length) for stream, length in rows]
+
     def shards_of(self, stream: int) -> set[str]:
         return {
             name
@@ -99,8 +114,9 @@ class Index:
         found = scan(path, limit, start)
         rows = [
             (_signed(frame.stream), shard, path.name, frame.offset, frame.end - frame.offset, frame.epoch, frame.mark)
-            for frame in found.frames
-            if frame.stream
+            for outer in found.frames
+            if outer.stream
+            for frame in unfold(outer)
         ]
         try:
             with self.database:
@@ -114,6 +130,20 @@ class Index:
     def _forget(self, shard: str, name: str) -> None:
         self.database.execute("delete from frame where shard = ? and name = ?", (shard, name))
         self.database.execute("delete from segment where shard = ? and name = ?", (shard, name))
+
+
+MOVED = 10  # its position in log.KINDS
+
+
+def unfold(frame: Frame) -> Iterator[Frame]:
+    """A frame, and for a MOVED the frames inside it, at their own places in the file."""
+    yield frame
+    if frame.mark & 15 == MOVED:
+        offset, start = 0, frame.end - len(frame.payload)
+        while offset < len(frame.payload):
+            inner = unpack(frame.payload, offset, start)
+            yield inner
+            offset = inner.end - start
 
 
 def _open(file: Path | str) -> sqlite3.Connection:

@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 Durability = Literal["begin+end", "end", "async"]
 INLINE = 64 << 10  # bytes of output kept in the record itself; longer ones become blobs
-KINDS = ("OPEN", "BEGIN", "END", "ABORT", "SNAP", "FORK", "CUT", "NOTE", "CLOSE")  # position = low four bits of a mark
+KINDS = ("OPEN", "BEGIN", "END", "ABORT", "SNAP", "FORK", "CUT", "NOTE", "CLOSE", "DELETE", "MOVED")
+"""A record's position here is the low four bits of its frame's mark. DELETE: what older epochs wrote is no more. MOVED
+holds all earlier frames of its branch (dsec/trajectory/retention.py)."""
 decode = json.JSONDecoder().decode
 PLAIN = 1 << 10  # characters of text kept in the record's JSON
 
@@ -111,7 +113,10 @@ class Records:
         if fd is None:
             if len(self._files) >= 64:
                 os.close(self._files.pop(next(iter(self._files))))
-            fd = self._files[place.path] = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fd = self._files[place.path] = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise NotFound(f"{place.path} has been compacted meanwhile: read again") from None
         data = os.pread(fd, place.length, place.offset)
         try:
             frame = unpack(data)
@@ -129,6 +134,11 @@ class Records:
                 data = self.blobs.get(blob)
             result[name] = data.decode("utf-8", "surrogatepass") if text else data
         return result
+
+    def forget(self, path: str) -> None:
+        """Closes a segment that goes away."""
+        if (fd := self._files.pop(path, None)) is not None:
+            os.close(fd)
 
     def close(self) -> None:
         self.index.close()
@@ -202,8 +212,8 @@ class TrajectoryLog(Records):
         crash("log.epoch")
         if found is None:  # what an older writer acknowledged must be seen: read after taking the epoch
             found = self._load(wanted.trajectory, wanted.name)
-            if found and found.epoch >= taken:  # the folder of epochs was lost, the log was not
-                taken = self.take_epoch(wanted.stream, epoch, found.epoch)
+            if (recorded := self.index.newest(wanted.stream)) >= taken:  # the folder of epochs was lost, the log not
+                taken = self.take_epoch(wanted.stream, epoch, recorded)
             if found is None and taken > 1 and (quarantine := self.folder / "quarantine").exists():
                 raise corrupt(quarantine, 0, f"the records of {wanted.trajectory!r}@{wanted.name} may be in it")
         image = wanted.image if found is None or found.image else ""  # recorded without one: nothing to compare with
@@ -357,10 +367,30 @@ class LogReader(Records):
 
     def names(self) -> list[tuple[str, str]]:
         """(trajectory, branch) of everything in the log."""
-        firsts = [self.read(self.index.frames(stream)[0][1])[0] for stream in self.index.streams()]
-        return sorted((first["trajectory"], first["branch"]) for first in firsts)
+        return sorted(names(self))
 
 
+def names(log: Records) -> Iterator[tuple[str, str]]:
+    """(trajectory, branch) of everything in a log that has not been deleted."""
+    for stream in log.index.streams():
+        if rows := undeleted(log.index.frames(stream)):
+            first = log.read(rows[0][1])[0]
+            yield first["trajectory"], first["branch"]
+
+
+def undeleted(rows: list[Row]) -> list[Row]:
+    """Without what was deleted, and without frames of which a later MOVED has a copy."""
+    gone = max((epoch for _, _, epoch, mark in rows if KINDS[mark & 15] == "DELETE"), default=0)
+    moved = {shard: place for shard, place, _, mark in rows if KINDS[mark & 15] == "MOVED"}  # the last one of each
+
+    def copied(shard: str, place: Place) -> bool:
+        at = moved.get(shard)
+        return at is not None and (Path(place.path).name, place.offset) <= (Path(at.path).name, at.offset)
+
+    return [row for row in rows if row[2] > gone and not copied(row[0], row[1])]
+
+
+Row = tuple[str, Place, int, int]  # shard, place, epoch, mark
 Record = tuple[str, int, int, Place]  # kind, step, epoch, place
 
 
@@ -370,7 +400,7 @@ def records(log: Records, trajectory: str, branch: str) -> tuple[list[Record], i
     A record counts unless a newer epoch was opened before it: in the same shard, by position; in another shard, by what
     the newer OPEN says it had seen of this one.
     """
-    found = log.index.frames(keys.stream_of(trajectory, branch))
+    found = undeleted(log.index.frames(keys.stream_of(trajectory, branch)))
     opens = [(shard, place, epoch) for shard, place, epoch, mark in found if KINDS[mark & 15] == "OPEN"]
     if len(opens) == 1:
         return [(KINDS[mark & 15], mark >> 4, epoch, place) for _, place, epoch, mark in found], 0

@@ -1,0 +1,145 @@
+"""Deleting trajectories, and giving their room back.
+
+A log is append-only, so a trajectory is deleted by a record: DELETE ends all epochs up to its own. `compact` then frees
+segments from the oldest on. A segment of which nothing is wanted is unlinked; where a little is, the whole history of
+each such branch is first written again, as one MOVED frame at the end of the log (one frame: there in whole or not at
+all), and what it holds a copy of is ignored from then on. Segments are never changed; none is taken from the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsec.errors import InvalidRequest, NotFound
+from dsec.trajectory.failpoint import crash
+from dsec.trajectory.index import MOVED
+from dsec.trajectory.log import KINDS, Branch, names, records, undeleted
+from dsec.trajectory.segment import pack, segments, sync_folder, unpack
+
+if TYPE_CHECKING:
+    from dsec.trajectory.log import TrajectoryLog
+
+SHARE = 0.5
+"""A segment is freed while moving what is wanted of it costs at most this part of its size."""
+AGE = 3600.0
+"""Seconds since a blob was last stored before it may be swept: its record may still be on its way."""
+
+
+class Freed(NamedTuple):
+    """What `compact` did."""
+
+    segments: int
+    bytes: int
+    moved: int
+    """Branches that were written again."""
+
+
+async def delete(log: TrajectoryLog, trajectory: str) -> int:
+    """Deletes a trajectory with all its branches -> how many there were. It may be started anew, from nothing.
+
+    NotFound if there is none, InvalidRequest while a sandbox is at work in it.
+    """
+    log.index.catch_up(log.writer.durable)
+    found = [branch for name, branch in names(log) if name == trajectory]
+    if not found:
+        raise NotFound(f"the log has no trajectory {trajectory!r}")
+    if any(branch.trajectory == trajectory for branch in log.branches.values()):
+        raise InvalidRequest(f"{trajectory!r} is open; kill its sandbox first")
+    for name in sorted(found, reverse=True):  # children before what they were forked from
+        branch = Branch(trajectory, name)
+        branch.epoch = log.take_epoch(branch.stream, None, log.index.newest(branch.stream))
+        crash("log.deleting")
+        await log.append(branch, "DELETE", time=time.time())
+        crash("log.deleted")
+    log.index.catch_up(log.writer.durable)
+    return len(found)
+
+
+async def expire(log: TrajectoryLog, seconds: float) -> list[str]:
+    """Deletes trajectories in which nothing was done for so long -> their names."""
+    log.index.catch_up(log.writer.durable)
+    last: dict[str, float] = {}
+    for trajectory, branch in names(log):
+        kept, _ = records(log, trajectory, branch)
+        times = (log.read(place)[0].get("time", 0.0) for *_, place in reversed(kept))
+        last[trajectory] = max(last.get(trajectory, 0.0), next(filter(None, times), 0.0))
+    opened = {branch.trajectory for branch in log.branches.values()}
+    old = [name for name, when in last.items() if when < time.time() - seconds and name not in opened]
+    for name in old:
+        await delete(log, name)
+    return old
+
+
+async def compact(log: TrajectoryLog, share: float = SHARE, age: float = AGE) -> Freed:
+    """Frees the oldest segments of this process's own shard, as far as that is worth it, then unreferenced blobs."""
+    freed, own = [0, 0, 0], log.writer.folder
+    log.index.catch_up(log.writer.durable)
+    for path in segments(own):
+        if log.writer.durable is None or str(path) == log.writer.durable.path:
+            break  # it is being written
+        wanted = list(_wanted(log, path))
+        size = path.stat().st_size
+        if any(frames is None for _, frames in wanted):
+            break
+        if sum(len(frames or b"") for _, frames in wanted) > share * size:
+            break
+        # all at once, so that whoever opens one of them from now on writes behind its copy
+        await asyncio.gather(*(log.append(branch, "MOVED", frames or b"") for branch, frames in wanted))
+        crash("log.moved")
+        log.index.catch_up(log.writer.durable)
+        if {branch.trajectory for branch, _ in wanted} & {branch.trajectory for branch in log.branches.values()}:
+            break  # opened meanwhile: it may have read where its records lay
+        log.forget(str(path))
+        path.unlink()
+        crash("log.unlinked")
+        sync_folder(own)
+        log.index.catch_up(log.writer.durable)
+        freed = [freed[0] + 1, freed[1] + size, freed[2] + len(wanted)]
+    freed[1] += await asyncio.to_thread(log.blobs.sweep, _blobs(log), age)
+    return Freed(*freed)
+
+
+def _wanted(log: TrajectoryLog, path: Path) -> Iterator[tuple[Branch, bytes | None]]:
+    """Branches that need a segment, each with all its frames in order; None for one that cannot be moved now: open
+    here, or with records in the shard of another Edge (whose place in time is told by positions in ours)."""
+    opened = {branch.trajectory for branch in log.branches.values()}
+    for stream, _ in log.index.within(log.shard, path.name):
+        every = log.index.frames(stream)
+        rows = [row for row in undeleted(every) if row[1].path == str(path)]
+        ends = [epoch for _, place, epoch, mark in every if KINDS[mark & 15] == "DELETE" and place.path == str(path)]
+        if ends and any(epoch <= max(ends) and place.path != str(path) for _, place, epoch, _ in every):
+            yield Branch("", ""), None  # what this DELETE deletes is still somewhere else
+            return
+        if not rows:
+            continue
+        first = log.read(rows[0][1])[0]
+        branch = Branch(first["trajectory"], first["branch"])
+        if branch.trajectory in opened or log.index.shards_of(stream) != {log.shard}:
+            yield branch, None
+            return
+        frames = []
+        for _, place, epoch, mark in undeleted(every):
+            branch.epoch = max(branch.epoch, epoch)
+            fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                frame = unpack(os.pread(fd, place.length, place.offset))
+            finally:
+                os.close(fd)
+            assert mark & 15 != MOVED
+            frames.append(pack(stream, epoch, mark, frame.header, frame.payload, 0))
+        yield branch, b"".join(frames)
+
+
+def _blobs(log: TrajectoryLog) -> set[str]:
+    """Digests that any record of any shard names."""
+    found: set[str] = set()
+    for trajectory, branch in names(log):
+        for kind, _, _, place in records(log, trajectory, branch)[0]:
+            if kind == "END":
+                found |= {blob for *_, blob in log.read(place)[0]["parts"] if blob}
+    return found
