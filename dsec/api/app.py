@@ -127,6 +127,11 @@ def make_app(service: Service) -> FastAPI:
         answer, out = await service.call(user.project, op, {**args, "id": id}, data)
         return answer | ({"data": base64.b64encode(out).decode()} if out else {})
 
+    @app.delete("/v1/trajectories/{name:path}")
+    async def forget(name: str, user: User) -> Any:
+        """Deletes the log of a trajectory and the files kept for it."""
+        return await service.delete_trajectory(user.project, name)
+
     # Projects and keys
 
     @app.get("/v1/projects")

@@ -394,6 +394,20 @@ class Service:
             "now": time.time(),
         }
 
+    async def delete_trajectory(self, project: str, name: str) -> dict[str, Any]:
+        """Deletes a project's trajectory on every Edge that has some of it -> its branches."""
+        found: list[str] = []
+        for edge in self.control.edges.values():
+            if edge.up:
+                try:
+                    answer, _ = await self._link(edge.id).call("log_delete", {"trajectory": f"{project}/{name}"})
+                except NotFound:
+                    continue
+                found += answer["branches"]
+        if not found:
+            raise NotFound(f"no trajectory {name!r}")
+        return {"branches": sorted(found)}
+
     async def steps(self, id: str) -> list[dict[str, Any]]:
         """One sandbox's trajectory for the page: step, what, result, seconds, output (cut)."""
         rows = await self._read(self.store.sandboxes, None, True, 5000)

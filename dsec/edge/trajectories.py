@@ -238,6 +238,27 @@ class TrajectoryOperations:
                 await box.trajectory.settled()
         return await self._save(box, must=True)
 
+    # Retention
+
+    async def op_log_delete(self, trajectory: str) -> Answer:
+        """Deletes a trajectory: its records, its outputs that no other names (with the next compaction), and the files
+        that were kept for it. A program that asks for it again runs everything again."""
+        from dsec.trajectory.retention import delete, sweep_snapshots
+
+        branches = await delete(await self.open_log(), trajectory)
+        sweep_snapshots(self.log, self.snapshots)
+        return {"branches": branches}
+
+    async def op_log_compact(self, older_than: float | None = None) -> Answer:
+        """Gives room back; with `older_than` (seconds) trajectories in which nothing was done for so long go first."""
+        from dsec.trajectory.retention import compact, expire, sweep_snapshots
+
+        log = await self.open_log()
+        expired = await expire(log, older_than) if older_than is not None else []
+        freed = await compact(log)
+        sweep_snapshots(log, self.snapshots)
+        return {"expired": expired, **freed._asdict()}
+
     def _with_trajectory(self, id: str) -> Box:
         box = self._box(id)
         if box.trajectory is None:

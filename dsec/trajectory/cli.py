@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dsec.trajectory.log import Branch, LogReader
 
 app = typer.Typer(
-    help="Read the trajectory log: show, verify, replay, diff.",
+    help="The trajectory log: show, verify, replay, diff, delete, compact.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -136,6 +136,92 @@ def quarantine(shard: str = typer.Argument("local"), folder: Path | None = FOLDE
     except DsecError as problem:
         typer.echo(f"dsec: error: {problem}", err=True)
         raise typer.Exit(1) from None
+
+
+def _write(folder: Path | None, op: str, args: dict[str, Any], work: Any) -> dict[str, Any]:
+    """Changes a log: by its Edge if one has it open, otherwise here."""
+    import asyncio
+
+    from dsec.errors import DsecError, Fenced
+    from dsec.trajectory.log import LogReader, TrajectoryLog
+
+    async def here() -> Any:
+        log = TrajectoryLog(_folder(folder))
+        try:
+            return await work(log)
+        finally:
+            log.close()
+
+    async def there() -> Any:
+        from dsec.client import EmbeddedTransport
+
+        transport = EmbeddedTransport(_folder(folder).parent)
+        try:
+            return (await transport.call(op, args))[0]
+        finally:
+            await transport.close()
+
+    try:
+        LogReader(_folder(folder)).close()  # NotFound instead of a new, empty log
+        try:
+            return dict(asyncio.run(here()))
+        except Fenced:
+            return dict(asyncio.run(there()))
+    except DsecError as problem:
+        typer.echo(f"dsec: error: {problem}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def delete(trajectory: str, folder: Path | None = FOLDER, as_json: bool = JSON) -> None:
+    """Delete a trajectory with all its branches. A program that asks for it again runs everything again.
+
+    \b
+    Example:
+      dsec log delete run-7/sample-3
+    """
+    from dsec.trajectory.log import TrajectoryLog
+    from dsec.trajectory.retention import delete as forget
+    from dsec.trajectory.retention import sweep_snapshots
+
+    async def work(log: TrajectoryLog) -> dict[str, Any]:
+        found = {"branches": await forget(log, trajectory)}
+        sweep_snapshots(log, _folder(folder).parent / "snapshots")
+        return found
+
+    found = _write(folder, "log_delete", {"trajectory": trajectory}, work)
+    typer.echo(json.dumps(found) if as_json else f"{trajectory}: deleted {', '.join(found['branches'])}")
+
+
+@app.command()
+def compact(
+    older_than: float = typer.Option(
+        0.0, help="Days: delete trajectories in which nothing was done for so long first."
+    ),
+    folder: Path | None = FOLDER,
+    as_json: bool = JSON,
+) -> None:
+    """Give the room of deleted trajectories back.
+
+    \b
+    Example:
+      dsec log compact --older-than 30
+    """
+    from dsec.trajectory.log import TrajectoryLog
+    from dsec.trajectory.retention import compact as free
+    from dsec.trajectory.retention import expire, sweep_snapshots
+
+    seconds = older_than * 86400 if older_than > 0 else None
+
+    async def work(log: TrajectoryLog) -> dict[str, Any]:
+        expired = await expire(log, seconds) if seconds is not None else []
+        freed = await free(log)
+        sweep_snapshots(log, _folder(folder).parent / "snapshots")
+        return {"expired": expired, **freed._asdict()}
+
+    found = _write(folder, "log_compact", {"older_than": seconds}, work)
+    text = f"{len(found['expired'])} expired, {found['segments']} segments freed, {found['bytes']} bytes"
+    typer.echo(json.dumps(found) if as_json else text)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,8 @@ class Freed(NamedTuple):
     """Branches that were written again."""
 
 
-async def delete(log: TrajectoryLog, trajectory: str) -> int:
-    """Deletes a trajectory with all its branches -> how many there were. It may be started anew, from nothing.
+async def delete(log: TrajectoryLog, trajectory: str) -> list[str]:
+    """Deletes a trajectory with all its branches -> their names. It may be started anew, from nothing.
 
     NotFound if there is none, InvalidRequest while a sandbox is at work in it.
     """
@@ -57,7 +58,7 @@ async def delete(log: TrajectoryLog, trajectory: str) -> int:
         await log.append(branch, "DELETE", time=time.time())
         crash("log.deleted")
     log.index.catch_up(log.writer.durable)
-    return len(found)
+    return sorted(found)
 
 
 async def expire(log: TrajectoryLog, seconds: float) -> list[str]:
@@ -143,3 +144,12 @@ def _blobs(log: TrajectoryLog) -> set[str]:
             if kind == "END":
                 found |= {blob for *_, blob in log.read(place)[0]["parts"] if blob}
     return found
+
+
+def sweep_snapshots(log: TrajectoryLog, folder: Path) -> int:
+    """Drops the Edge's own snapshots of trajectories that the log does not have any more -> how many."""
+    log.index.catch_up(log.writer.durable)
+    gone = [path for path in folder.glob("auto-*") if not undeleted(log.index.frames(int(path.name.split("-")[1], 16)))]
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(gone)

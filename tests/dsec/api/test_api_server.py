@@ -214,6 +214,21 @@ def test_a_sandbox_that_ends_by_itself_says_how(cluster: Cluster) -> None:
         assert red.get(f"/v1/sandboxes/{id}").status_code == 404
 
 
+def test_a_trajectory_is_deleted_by_its_project_only(cluster: Cluster) -> None:
+    with cluster.client(cluster.red) as red, cluster.client(cluster.blue) as blue:
+        for replayed in (False, True, False):
+            id = create(red, trajectory="deleted/1")["id"]
+            answer = execute(red, id, "echo 7")
+            assert (answer["result"]["stdout"], answer["result"]["replayed"]) == ("7\n", replayed), answer
+            busy = red.delete("/v1/trajectories/deleted/1")
+            assert busy.status_code == 400 and "open" in busy.json()["message"]
+            kill_all(red)
+            if replayed:
+                assert blue.delete("/v1/trajectories/deleted/1").status_code == 404, "not another project's"
+                assert red.delete("/v1/trajectories/deleted/1").json() == {"branches": ["main"]}
+        assert red.delete("/v1/trajectories/deleted/2").status_code == 404
+
+
 def test_an_urgent_create_ends_a_less_important_one(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsec.api.service.NOTICE", 0.5)
     with cluster.client(cluster.blue) as blue, cluster.client(cluster.admin) as admin:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -76,3 +77,33 @@ def test_verify_sees_an_altered_step_a_lost_blob_and_a_broken_frame(folder: Path
     assert "SHA-256" in run(folder, "verify", code=1)
     blob.unlink()
     assert "missing" in run(folder, "verify", code=1)
+
+
+def test_delete_and_compact(folder: Path) -> None:
+    assert json.loads(run(folder, "delete", "run/1", "--json")) == {"branches": ["main"]}
+    assert "no trajectory 'run/1'" in run(folder, "delete", "run/1", code=1)
+    names = [json.loads(line)["trajectory"] for line in run(folder, "show", "--json").splitlines()]
+    assert set(names) == {"run/2"}
+    assert json.loads(run(folder, "compact", "--json"))["expired"] == []
+    run(folder, "verify")
+    assert json.loads(run(folder, "compact", "--older-than", "0.0000001", "--json"))["expired"] == ["run/2"]
+    assert run(folder, "show") == ""
+    run(folder, "verify")
+    assert "no trajectory log" in run(folder / "nowhere", "compact", code=1)
+
+
+def test_a_running_edge_deletes_for_the_command(root_host: Any) -> None:
+    box = root_host.create(trajectory="cli/1", timeout=60, snapshot_steps=1)
+    for _ in range(2):
+        box.commands.run("true")
+    box.commands.run("true", idempotent=True)
+    folder = root_host.home / "log"
+    assert "open" in run(folder, "delete", "cli/1", code=1)
+    box.kill()
+    assert list((root_host.home / "snapshots").glob("auto-*"))
+    run(folder, "delete", "cli/1")
+    assert not list((root_host.home / "snapshots").glob("auto-*"))
+    run(folder, "compact")
+    again = root_host.create(trajectory="cli/1", timeout=60)
+    assert not again.commands.run("true").replayed
+    again.kill()

@@ -101,7 +101,7 @@ def test_a_deleted_trajectory_starts_anew_and_the_others_do_not(tmp_path: Path) 
     fill(tmp_path, 3)
 
     async def body(log: TrajectoryLog) -> None:
-        assert await delete(log, "t1") == 2, "its branches"
+        assert await delete(log, "t1") == ["main", "main.1"]
         with pytest.raises(NotFound):
             await delete(log, "t1")
         assert log.find("t1") is None and log.find("t1", "main.1") is None
