@@ -107,7 +107,7 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
             if box.running is not None:
                 await box.running.destroy()
             else:
-                await asyncio.to_thread(shutil.rmtree, folder, True)
+                await asyncio.to_thread(abandon, folder)
             return
         self.boxes[box.id] = box
         self._watch(box)

@@ -197,6 +197,18 @@ class Cgroup:
             oom_kills=_read(folder / "memory.events", "oom_kill"),
         )
 
+    def free(self, folder: Path) -> bool:
+        """Removes it, and before that its number from `folder`: whoever finds one there may kill what has that number.
+        What lives in it still is killed again, since what was being forked was on no list; False until it is dead."""
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "slot").unlink()
+        if self.remove():
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            self.note(folder)
+        self.kill()
+        return False
+
     def remove(self) -> bool:
         """Removes it; False while something still dies in it."""
         for folder in self.folders:
@@ -210,15 +222,14 @@ class Cgroup:
 
 
 def abandon(folder: Path) -> None:
-    """Ends and removes what an Edge had only begun to make in `folder` when it died: nobody can adopt it. Waits up to a
-    second for its processes to go."""
+    """Ends and removes what an Edge left in `folder` when it died, and nobody can adopt. Waits up to a second for its
+    processes to go."""
     with contextlib.suppress(OSError, ValueError):
         group = Cgroup(detect(), int((folder / "slot").read_text()))
         group.kill()
         end = time.monotonic() + 1
-        while not group.remove() and time.monotonic() < end:
+        while not group.free(folder) and time.monotonic() < end:
             time.sleep(0.01)
-            group.kill()  # again: what was being forked was not yet on its list
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -480,8 +480,7 @@ def _kill_inside(monitor: int) -> None:
 def _clean(batch: list[tuple[Cgroup | None, Path]]) -> list[tuple[Cgroup | None, Path]]:
     left: list[tuple[Cgroup | None, Path]] = []
     for group, folder in batch:
-        if group is not None and not group.remove():
-            group.kill()  # again: what was being forked when it was killed was not yet on its list
+        if group is not None and not group.free(folder):
             left.append((group, folder))
         else:
             shutil.rmtree(folder, ignore_errors=True)

@@ -112,6 +112,35 @@ def test_a_killed_edge_leaves_none_behind(make_host: Callable[[str], Host]) -> N
         assert host.sync("connect", box.id).commands.run("echo still").stdout == "still\n"
 
 
+def test_an_edge_that_died_while_it_cleaned_leaves_no_range_taken(make_host: Callable[[str], Host]) -> None:
+    """The sandbox was dead, its folder still there: the next Edge frees what its number stands for, and only that."""
+    host = make_host("root")
+    box = host.create(timeout=600)
+    folder = host.home / "sandboxes" / box.id
+    slot = int((folder / "slot").read_text())
+    group = cgroups.Cgroup(cgroups.detect(), slot)
+    host.kill()
+    group.kill()
+    until(lambda: not group.pids())
+    host.start()
+    until(lambda: not folder.exists())
+    assert not any(path.exists() for path in group.folders)
+    with host.create(timeout=600) as box:  # a reaper that died between the number and the folder
+        folder = host.home / "sandboxes" / box.id
+        group = cgroups.Cgroup(cgroups.detect(), int((folder / "slot").read_text()))
+        assert not group.free(folder) and (folder / "slot").exists(), "it lived, so its number stays"
+        until(lambda: group.free(folder))
+        assert not (folder / "slot").exists()
+        again = cgroups.Cgroup(cgroups.detect(), group.slot)
+        for path in again.folders:  # somebody else has the number now
+            path.mkdir()
+        try:
+            cgroups.abandon(folder)
+            assert all(path.exists() for path in again.folders)
+        finally:
+            again.remove()
+
+
 def test_arguments_that_never_come_end_it(programs: Path, tmp_path: Path) -> None:
     """Half a message, a lie about its length, or nothing: the launcher ends and makes nothing."""
     from dsec.guest import build
@@ -129,13 +158,12 @@ def test_arguments_that_never_come_end_it(programs: Path, tmp_path: Path) -> Non
 
 
 def agents(host: Host) -> set[int]:
-    """Pids of everything that runs in sandboxes of a host that nothing else uses now, as the host sees them."""
+    """Pids of what runs in a host's sandboxes, also in those whose folder is gone."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if b"/.dsec/agent\0" in (entry / "cmdline").read_bytes():
-                owner = entry.stat().st_uid
-                found |= {int(entry.name)} if (owner >= cgroups.FIRST_ID) == (host.who == "root") else set()
+                found |= {int(entry.name)} if os.readlink(entry / "fd" / "1").startswith(str(host.home)) else set()
         except OSError:
             continue
     return found
@@ -143,20 +171,20 @@ def agents(host: Host) -> set[int]:
 
 def test_one_that_is_killed_while_it_starts_leaves_nothing(host: Host) -> None:
     """The kill may come just before bubblewrap's child is there."""
-    before = agents(host)
-    groups = {path.name for path in Path("/sys/fs/cgroup/pids/dsec").glob("[0-9]*")}
+    until(lambda: not agents(host))
+    groups = []
 
     def one(number: int) -> None:
         box = host.create(timeout=120)
-        time.sleep(number % 16 / 2000)
+        if (slot := host.home / "sandboxes" / box.id / "slot").exists():
+            groups.append(cgroups.Cgroup(cgroups.detect(), int(slot.read_text())))
+        time.sleep(number % 10 / 2000)
         box.kill()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(one, range(100)))
-    until(lambda: not agents(host) - before)
-    if groups:  # a host with v1 groups: what is left belongs to those that wait
-        left = lambda: {p.name for p in Path("/sys/fs/cgroup/pids/dsec").glob("[0-9]*")} - groups  # noqa: E731
-        until(lambda: len(left()) <= container.STANDBY)
+    until(lambda: not agents(host))
+    until(lambda: not any(path.exists() for group in groups for path in group.folders))
 
 
 def test_what_joined_while_its_box_was_killed_is_killed_too(tmp_path: Path) -> None:
