@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4 import numerics
@@ -122,12 +121,10 @@ def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:
         return _triton.linear.linear(x, weight, wide)
     if _cpu_linear.usable(x, weight):
         return _cpu_linear.linear(x, weight, wide)
-    if not wide:
-        return F.linear(x, weight)
-    if weight.dtype == torch.float32 or x.shape[:-1].numel() > 16:
-        return F.linear(x.float(), weight.float())
+    if not wide or weight.dtype == torch.float32 or x.shape[:-1].numel() > 16:
+        return reference.linear(*((x.float(), weight.float()) if wide else (x, weight)))
     # Few rows: the matrix is widened a piece at a time, in the cache.
-    return torch.cat([F.linear(x.float(), rows.float()) for rows in weight.split(2048)], -1)
+    return torch.cat([reference.linear(x.float(), rows.float()) for rows in weight.split(2048)], -1)
 
 
 def grouped_linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
@@ -144,8 +141,7 @@ def grouped_linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
         return _triton.linear.grouped_linear(x, weight)
     elif _cpu_linear.usable(x, weight):
         return _cpu_linear.grouped_linear(x, weight)
-    rows = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
-    return torch.bmm(rows, weight.view(x.shape[-2], -1, weight.shape[-1]).mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return reference.grouped_linear(x, weight)
 
 
 def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:

@@ -28,8 +28,8 @@ from dsv4.kernels.cpu import isa
 _HERE = Path(__file__).parent
 _PROBE = _HERE / "isa.cpp"
 _FLAGS = "-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fopenmp -Wno-psabi".split()
-# Sums may be reassociated into vector lanes (infinities and NaN keep their meaning), but not in sources that spell their
-# own lanes: two functions that promise one order of addition would be free to differ.
+# Sums may be reassociated into vector lanes (infinities and NaN keep their meaning), but not in sources that spell
+# their own lanes: two functions that promise one order of addition would be free to differ.
 _REASSOCIATED = {"mhc", "norm", "softmax"}
 
 
@@ -77,7 +77,8 @@ def _compiled(name: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
     compiler = _compiler()
     assert compiler is not None
     texts = [path.read_text() for path in [*sources, *sorted(_HERE.glob("*.h"))]]
-    key = hashlib.sha256("\n".join([*texts, compiler, *_FLAGS, *sorted(_REASSOCIATED), *flags]).encode()).hexdigest()[:16]
+    parts = [*texts, compiler, *_FLAGS, *sorted(_REASSOCIATED), *flags]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsv4"
     target = folder / f"{name}-{key}.so"
     if target.exists():

@@ -5,6 +5,7 @@ from dsv4.kernels.reference.attention import joint_attention
 from dsv4.kernels.reference.compress import pool
 from dsv4.kernels.reference.experts import grouped_experts, routed_experts, swiglu
 from dsv4.kernels.reference.hyper_connections import collapse, hc_enter, hc_leave, stream_logits
+from dsv4.kernels.reference.linear import grouped_linear, linear
 from dsv4.kernels.reference.rope import rms_norm, rotate
 from dsv4.kernels.reference.sample import sample
 from dsv4.kernels.reference.select import top_mask
@@ -15,9 +16,11 @@ __all__ = [
     "choose",
     "collapse",
     "grouped_experts",
+    "grouped_linear",
     "hc_enter",
     "hc_leave",
     "joint_attention",
+    "linear",
     "pool",
     "rms_norm",
     "rotate",

@@ -25,6 +25,12 @@ def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, 
     chosen = torch.zeros(batch, tokens, k, dtype=torch.int32, device=q.device)
     found = torch.zeros(batch, tokens, dtype=torch.int32, device=q.device)
     for b in range(batch):
+        if tokens == 1:  # decoding: no masks, the entries it may see are a slice
+            start, stop = int(low[b]), int(high[b])
+            dots = (q[b, 0] @ keys[b, start:stop].mT).float().relu_()
+            found[b, 0] = some = min(stop - start, k)
+            chosen[b, 0, :some] = top_mask(weights[b, 0] @ dots, k).nonzero()[:, 0] + start
+            continue
         for part in _pieces(tokens, heads * count):
             dots = (q[b, part].flatten(0, 1) @ keys[b].mT).float().relu_().view(-1, heads, count)
             scores = torch.bmm(weights[b, part].unsqueeze(1), dots).squeeze(1)
@@ -38,6 +44,25 @@ def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, 
     return chosen, found
 
 
+def _decode(
+    q: Tensor, near: Tensor, near_from: Tensor, near_to: Tensor, far: Tensor | None,
+    low: Tensor | None, high: Tensor | None, picked: tuple[Tensor, Tensor] | None, sink: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """`attend` for one query a sequence: without masks, over exactly the rows that it reads."""
+    out = torch.empty_like(q)
+    for b in range(len(q)):
+        rows = near[b, int(near_from[b]) : int(near_to[b])]
+        if far is not None and picked is not None:
+            rows = torch.cat((rows, far[b].index_select(0, picked[0][b, 0, : int(picked[1][b])])))
+        elif far is not None:
+            assert low is not None and high is not None
+            rows = torch.cat((rows, far[b, int(low[b]) : int(high[b])]))
+        scores = (q[b, 0] @ rows.mT).float().mul_(scale)
+        p = torch.softmax(torch.cat((scores, sink.float().unsqueeze(1)), 1), 1)
+        torch.mm(p[:, :-1].to(q.dtype), rows, out=out[b, 0])
+    return out
+
+
 def attend(
     q: Tensor, near: Tensor, near_from: Tensor, near_to: Tensor, far: Tensor | None,
     low: Tensor | None, high: Tensor | None, picked: tuple[Tensor, Tensor] | None, sink: Tensor, scale: float,
@@ -45,14 +70,16 @@ def attend(
     """See `dsv4.kernels.attend`. Window rows and entries that all queries share go through one product; picked entries
     are gathered, so the cost follows the window and k, not the context."""
     batch, tokens, heads, dim = q.shape
+    if tokens == 1:
+        return _decode(q, near, near_from, near_to, far, low, high, picked, sink, scale)
     shared = 0 if far is None or picked is not None else far.shape[1]
     own = 0 if picked is None else picked[0].shape[-1]
-    window = near.shape[1] if tokens == 1 else near.shape[1] - tokens + 64  # the rows that 64 queries read
+    window = near.shape[1] - tokens + 64  # the rows that 64 queries read
     out = torch.empty_like(q)
     for b in range(batch):
         for part in _pieces(tokens, heads * (window + shared + own) + own * dim):
             queries, first, last = q[b, part], near_from[b, part, None], near_to[b, part, None]
-            start, stop = (0, near.shape[1]) if tokens == 1 else (int(first.min()), int(last.max()))
+            start, stop = int(first.min()), int(last.max())
             r = torch.arange(start, stop, device=q.device)
             rows, seen = near[b, start:stop], (r >= first) & (r < last)
             if far is not None and picked is None:

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dsv4.kernels.reference.sinkhorn import sinkhorn
+from dsv4.kernels.reference.linear import linear
+from dsv4.kernels.reference.sinkhorn import sinkhorn, sinkhorn_one
 
 
 def stream_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     """streams [..., n, D], fn float32 [m, n * D] -> float32 [..., m]: fn times the unweighted RMS norm of all n * D
     values."""
     v = streams.flatten(-2).float()
-    return F.linear(v, fn.float()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+    return linear(v, fn.float()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
 
 
 def collapse(streams: Tensor, weight: Tensor) -> Tensor:
     """sum_j weight_j X_j: streams [..., n, D], weight float32 [..., n] -> [..., D]."""
     return torch.matmul(weight.unsqueeze(-2), streams.float()).squeeze(-2).to(streams.dtype)
+
+
+def _enter_one(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hc_enter` of one token (decoding): its few numbers cost less in Python's floats than as a hundred calls of
+    torch."""
+    n, v = streams.shape[-2], streams.float().reshape(-1)
+    norm = (float(v @ v) / len(v) + rms_eps) ** -0.5
+    scales = [s for s, count in zip(scale.tolist(), (n, n, n * n)) for _ in range(count)]
+    logits = [u * norm * s + b for u, s, b in zip((fn.float() @ v).tolist(), scales, base.tolist())]
+    pre = torch.tensor([1 / (1 + math.exp(-x)) + eps for x in logits[:n]])
+    post = torch.tensor([2 / (1 + math.exp(-x)) for x in logits[n : 2 * n]])
+    matrix = []
+    for row in range(2 * n, len(logits), n):
+        powers = [math.exp(x - max(logits[row : row + n])) for x in logits[row : row + n]]
+        matrix.append([p / sum(powers) + eps for p in powers])
+    comb = torch.tensor(sinkhorn_one(matrix, iterations, eps))
+    x = (pre @ v.view(n, -1)).to(streams.dtype)
+    return x.view_as(streams[..., 0, :]), post.view(streams.shape[:-1]), comb.view(*streams.shape[:-1], n)
 
 
 def hc_enter(
@@ -32,12 +54,14 @@ def hc_enter(
     pre = sigmoid + eps, post = 2 sigmoid, comb = Sinkhorn.
     """
     n = streams.shape[-2]
+    if streams.numel() == n * streams.shape[-1] and streams.device.type == "cpu" and not torch.is_grad_enabled():
+        return _enter_one(streams, fn, base, scale, iterations, rms_eps, eps)
     u = stream_logits(streams, fn, rms_eps)
-    pre = torch.sigmoid(u[..., :n] * scale[0] + base[:n]) + eps
-    post = 2 * torch.sigmoid(u[..., n : 2 * n] * scale[1] + base[n : 2 * n])
-    logits = u[..., 2 * n :] * scale[2] + base[2 * n :]
+    logits = u * scale.repeat_interleave(torch.tensor([n, n, n * n], device=scale.device)) + base
+    gates = torch.sigmoid(logits[..., : 2 * n])
+    pre, post = gates[..., :n] + eps, 2 * gates[..., n:]
     # Items last: every pass of the normalisation then runs over long contiguous rows.
-    comb = sinkhorn(logits.flatten(0, -2).T.contiguous().view(n, n, -1), iterations, eps)
+    comb = sinkhorn(logits[..., 2 * n :].flatten(0, -2).T.contiguous().view(n, n, -1), iterations, eps)
     return collapse(streams, pre), post, comb.permute(2, 0, 1).reshape(*post.shape, n)
 
 

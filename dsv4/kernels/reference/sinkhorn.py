@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import mul
 from typing import Any
 
 import torch
@@ -32,6 +33,24 @@ class _Sinkhorn(torch.autograd.Function):
             grad.sub_((grad * y).sum(step % 2, keepdim=True)).div_(sums[step])
             y.mul_(sums[step])
         return grad, None, None
+
+
+def sinkhorn_one(matrix: list[list[float]], iterations: int, eps: float) -> list[list[float]]:
+    """`sinkhorn` of one matrix, after its softmax: its 39 passes are 117 calls of torch, or a third of their time in
+    Python's own floats.
+
+    The result is row[i] matrix[i][j] column[j], and a pass renews one factor: x / (sum(x) + eps) turns 1 / column[j]
+    into sum_i matrix[i][j] row[i] + eps / column[j]."""
+    transposed = list(zip(*matrix))
+    row = column = over_row = over_column = [1.0] * len(matrix)
+    for step in range(2 * iterations - 1):
+        if step % 2 == 0:
+            over_column = [sum(map(mul, line, row)) + eps * old for line, old in zip(transposed, over_column)]
+            column = [1 / x for x in over_column]
+        else:
+            over_row = [sum(map(mul, line, column)) + eps * old for line, old in zip(matrix, over_row)]
+            row = [1 / x for x in over_row]
+    return [[x * a * b for x, b in zip(line, column)] for line, a in zip(matrix, row)]
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
