@@ -21,6 +21,7 @@ from dsv4.kernels.cpu import compress as _cpu_compress
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
 from dsv4.kernels.cpu import linear as _cpu_linear
 from dsv4.kernels.cpu import rope as _cpu_rope
+from dsv4.kernels.cpu import route as _cpu_route
 from dsv4.kernels.cpu import rows as _cpu_rows
 from dsv4.kernels.cpu import sample as _cpu_sample
 from dsv4.kernels.reference import swiglu, top_mask
@@ -38,9 +39,12 @@ __all__ = [
     "joint_attention",
     "kv_row",
     "linear",
+    "mixture",
     "pool",
+    "project",
     "rms_norm",
     "rotate",
+    "route",
     "routed_experts",
     "sample",
     "stream_logits",
@@ -144,6 +148,15 @@ def grouped_linear(x: Tensor, weight: Tensor | Packed) -> Tensor:
     return reference.grouped_linear(x, weight)
 
 
+def route(
+    logits: Tensor, bias: Tensor | None, fixed: Tensor | None, k: int, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The router (report 2.1): logits float32 [N, E] -> experts int64 [N, k], their weights float32 [N, k] (they sum to
+    ``factor``) and the affinities sqrt(softplus(logits)) [N, E]. The experts are the best under affinity + bias [E],
+    the lowest number first among equals, or ``fixed`` int64 [N, k]; `reference.route` is the specification."""
+    return (_cpu_route if _cpu_route.usable(logits) else reference).route(logits, bias, fixed, k, factor)
+
+
 def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     """Every token through its own experts; `reference.routed_experts` is the specification, `numerics.packed_experts`
     for packed or streamed stacks."""
@@ -164,8 +177,35 @@ def expert(x: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     if isinstance(w1, Tensor) and _cpu_linear.plain(x, w1, w2, w3) and not _cpu_linear.many(x):
         everyone = torch.zeros(len(x), 1, dtype=torch.int64)
         return routed_experts(x, everyone, torch.ones(len(x), 1), w1[None], w2[None], w3[None], limit)
+    if isinstance(w1, Packed) and _packed_expert(x, w1, w2, w3):
+        return _cpu_linear.packed_expert(x, w1, w2, w3, limit)
     hidden = swiglu(linear(x, w1).float(), linear(x, w3).float(), limit)
     return linear(hidden.to(x.dtype), w2).float()
+
+
+def mixture(
+    x: Tensor, experts: Tensor, weights: Tensor, routed: tuple[Any, ...], shared: tuple[Any, ...], limit: float
+) -> Tensor | None:
+    """Routed experts (their stacks w1, w2, w3) and the shared one in one call, [N, D] in x's dtype; None where that is
+    no faster than the two calls whose sum it is, `routed_experts` and `expert`."""
+    packed = isinstance(routed[0], Packed) and isinstance(shared[0], Packed) and shared[0].form.per_byte == 1
+    usable = packed and routed[1].shape[-1] % 32 == 0 and _packed_expert(x, *routed, *shared)
+    return _cpu_linear.mixture(x, experts, weights, routed, shared, limit) if usable else None
+
+
+def _packed_expert(x: Tensor, *weights: Packed) -> bool:
+    """Whether one call of the C++ kernel does best what a packed expert asks for."""
+    few = x.dtype == torch.bfloat16 and not _cpu_linear.worth_a_copy(x)
+    return few and not _triton.usable(x) and _cpu_linear.packed_usable(x, *weights)
+
+
+def project(x: Tensor, values: Tensor, gates: Tensor, ape: Tensor, position: Tensor, dim: int) -> Tensor:
+    """What a compressor takes from its tokens (eqs. 9-10, 20-21), float32: x [B, T, D], values and gates [N, D] ->
+    [B, T, 2 N]. Per half of ``dim`` channels its values and its gates side by side; a gate has its place's row of ape
+    float32 [ratio, N] added. position int64 [B, T]. `reference.project` is the specification."""
+    if _triton.usable(x) or not _cpu_linear.plain(x, values, gates) or ape.dtype != torch.float32:
+        return reference.project(linear(x, values, wide=True), linear(x, gates, wide=True), ape, position, dim)
+    return _cpu_linear.project(x, values, gates, ape, position, dim)
 
 
 def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[Tensor, Tensor]:

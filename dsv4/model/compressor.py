@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import linear, pool, rotate
+from dsv4.kernels import pool, project, rotate
 from dsv4.model.layers import Linear, Norm, unrounded
 from dsv4.model.plan import Plan
 from dsv4.model.state import Compression
@@ -33,10 +33,7 @@ class Compressor(nn.Module):
     def forward(self, h: Tensor, plan: Plan, memory: Compression | None) -> Tensor:
         """h [B, T, D] -> every entry of the sequences so far [B, count, dim], rotated to each entry's first token."""
         entries = plan.entries[self.ratio]
-        kv = linear(h, self.wkv.weight, wide=True)
-        gate = linear(h, self.wgate.weight, wide=True) + F.embedding(plan.position % self.ratio, self.ape)
-        # Per half its values and gates side by side: [kv A, gate A, kv B, gate B], or [kv, gate] without overlap.
-        new = torch.cat([half for pair in zip(kv.split(self.dim, -1), gate.split(self.dim, -1)) for half in pair], -1)
+        new = project(h, self.wkv.weight, self.wgate.weight, self.ape, plan.position, self.dim)
         if memory is None:
             return self._entries(new, entries.last, h.dtype, plan)
         size = memory.tail.rows.shape[1]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import expert, linear, routed_experts
+from dsv4.kernels import expert, linear, mixture, route, routed_experts
 from dsv4.model.attention import Trace
 from dsv4.model.layers import Linear, unrounded
 
@@ -39,17 +39,9 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, D], ids int64 [N] -> experts int64 [N, K], weights float32 [N, K], scores float32 [N, E]."""
         logits = linear(x, self.weight, wide=True)
-        scores = F.softplus(logits.double()).sqrt().float()  # as float32, its last bit depends on the batch
-        if self.layer.router == "hash":
-            experts = self.tid2eid[ids]
-        else:  # a stable sort breaks ties towards the lowest index
-            experts = (
-                (scores + self.bias)
-                .sort(dim=-1, descending=True, stable=True)
-                .indices[:, : self.config.num_experts_per_tok]
-            )
-        weights = scores.gather(1, experts)
-        return experts, weights / weights.sum(-1, keepdim=True) * self.config.routed_scaling_factor, scores
+        hashed = self.layer.router == "hash"
+        bias, fixed = (None, self.tid2eid[ids]) if hashed else (self.bias, None)
+        return route(logits, bias, fixed, self.config.num_experts_per_tok, self.config.routed_scaling_factor)
 
 
 class Expert(nn.Module):
@@ -93,6 +85,11 @@ class MoE(nn.Module):
         x = h.flatten(0, 1)
         experts, weights, scores = self.gate(x, ids.flatten())
         w1, w2, w3 = (self.round(w) for w in (self.experts.w1, self.experts.w2, self.experts.w3))
+        if trace is None:
+            shared = (self.shared_experts.w1.weight, self.shared_experts.w2.weight, self.shared_experts.w3.weight)
+            both = mixture(x, experts, weights, (w1, w2, w3), shared, self.config.swiglu_limit)
+            if both is not None:
+                return both.view_as(h)
         routed = routed_experts(x, experts, weights, w1, w2, w3, self.config.swiglu_limit)
         if trace is not None and self.layer.router == "learned":
             trace.load.append(torch.bincount(experts.flatten(), minlength=self.config.n_routed_experts))

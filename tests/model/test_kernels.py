@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv4 import kernels, numerics
 from dsv4.kernels import reference
-from dsv4.kernels.cpu import attend, attention, compress, hyper_connections, isa, library, linear, rope, sample
+from dsv4.kernels.cpu import attend, attention, compress, hyper_connections, isa, library, linear, rope, route, sample
 from dsv4.kernels.cpu import rows as rows_of
 
 needs_library = pytest.mark.skipif(library.library() is None, reason="no C++ compiler here: only the reference runs")
@@ -304,6 +304,68 @@ def test_a_query_does_not_know_its_batch(dtype: torch.dtype) -> None:
                 assert all(torch.equal(a, b[:, part]) for a, b in zip(run(part), whole))
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 70), st.sampled_from([numerics.FP4, numerics.FP8, numerics.FP8_BASE]))
+def test_one_packed_expert(rows: int, form: numerics.Format) -> None:
+    """The shared expert as one call: what the specification of packed experts says of weight 1."""
+    w1, w2, w3 = (packed(shape, form, i) for i, shape in enumerate([(96, 160), (160, 96), (96, 160)]))
+    x = torch.randn(rows, 160, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    everyone, ones = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
+    stacks = [numerics.Packed(w.elements[None], w.scale[None], form) for w in (w1, w2, w3)]
+    wanted = numerics.packed_experts(x, everyone, ones, *stacks, 7.0)
+    for _ in range(2):  # the second time, where the matrices lie is known
+        ours = kernels.expert(x, w1, w2, w3, 7.0)
+        assert (ours - wanted).abs().mean() <= 2**-8 * wanted.abs().mean()
+    moved = numerics.Packed(w1.elements.clone(), w1.scale.clone(), form)
+    w1.elements, w1.scale = moved.elements, moved.scale
+    w1.__dict__.pop("powers", None)
+    assert torch.equal(kernels.expert(x, w1, w2, w3, 7.0), ours), "the matrices moved"
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 70), st.sampled_from([numerics.FP4, numerics.FP8]))
+def test_a_mixture_is_the_sum_of_its_two_calls(rows: int, form: numerics.Format) -> None:
+    """To the bit, rounded once."""
+    stacks = [packed(shape, form, i) for i, shape in enumerate([(6, 96, 160), (6, 160, 96), (6, 96, 160)])]
+    shared = [packed(shape, numerics.FP8, i) for i, shape in enumerate([(64, 160), (160, 64), (64, 160)])]
+    generator = torch.Generator().manual_seed(rows)
+    x, chosen = torch.randn(rows, 160, generator=generator).bfloat16(), torch.rand(rows, 6, generator=generator)
+    chosen, weights = chosen.argsort(1)[:, :3], torch.rand(rows, 3, generator=generator)
+    wanted = kernels.routed_experts(x, chosen, weights, *stacks, 7.0) + kernels.expert(x, *shared, 7.0)
+    ours = kernels.mixture(x, chosen, weights, tuple(stacks), tuple(shared), 7.0)
+    assert ours is not None and torch.equal(ours, wanted.bfloat16())
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 80), st.sampled_from([1, 2]), st.sampled_from([1, 24, 40]), DTYPES)
+def test_projection_of_a_compressor(tokens: int, halves: int, dim: int, dtype: torch.dtype) -> None:
+    h, values, gates = (
+        normal(*s, seed=i).to(dtype) for i, s in enumerate([(2, tokens, 70), *[(halves * dim, 70)] * 2])
+    )
+    ape, position = normal(4, halves * dim, seed=3).detach(), torch.arange(2 * tokens).view(2, tokens) + 3
+    ours, wide = kernels.project(h, values, gates, ape, position, dim), h.double()
+    wanted = reference.project(wide @ values.double().T, wide @ gates.double().T, ape.double(), position, dim)
+    near(ours, wanted, torch.float32)
+
+
+@needs_library
+@torch.no_grad()
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(1, 6), st.booleans())
+def test_routing(rows: int, experts: int, k: int, ties: bool) -> None:
+    """With a bias and with experts given by the token; whole numbers give ties."""
+    k, logits = min(k, experts), normal(rows, experts).detach() * 6
+    logits, bias = (logits.round(), torch.zeros(experts)) if ties else (logits, normal(experts, seed=1).detach())
+    for given_ in (None, torch.rand(rows, experts).argsort(1)[:, :k]):
+        ours = route.route(logits, None if given_ is not None else bias, given_, k, 1.5)
+        wanted = reference.route(logits.double(), bias if given_ is None else None, given_, k, 1.5)
+        assert torch.equal(ours[0], wanted[0])
+        for a, b in zip(ours[1:], wanted[1:]):
+            near(a, b.double(), torch.float32)
 
 
 @needs_library

@@ -5,7 +5,8 @@
 
 namespace {
 
-// out [M, D] += sum over a token's experts of W2 (weight * swiglu(W1 x, W3 x)); owner, weight [M, K]. at[6 e ...]: where expert e has
+// out [M, D] += sum over a token's experts of W2 (weight * swiglu(W1 x, W3 x)); owner, weight [M, K]. Packed weights have both of
+// their inputs rounded to E4M3 in blocks of 128 channels. at[6 e ...]: where expert e has
 // the elements of w1, w2, w3 and their scales, or null: then the expert is not here, and its pairs wait for another call. Each token adds its experts in ascending order of their number, in float32.
 template <class W>
 void experts(const typename W::X* x, const float* weight, const int64_t* owner, const void* const* at, float* out, long M, long K, long E,
@@ -25,10 +26,16 @@ void experts(const typename W::X* x, const float* weight, const int64_t* owner, 
             for (long c = 0; c < columns; c++)
                 parts.push_back({e, m, std::min(m + BLOCK, start[e + 1]), I * c / columns & ~15L,
                                  c + 1 == columns ? I : I * (c + 1) / columns & ~15L});
-    std::vector<S> hidden(M * K * I), rounded(packed ? M * K * I : 0);
+    std::vector<S> hidden(M * K * I), rounded(packed ? M * K * I + M * D : 0);
     const long* pair = place.data();
     S *h = hidden.data(), *second = packed ? rounded.data() : h;
     const bool worth = M * K * D * I > 700000;
+    if constexpr (packed) {
+        S* first = second + M * K * I;
+#pragma omp parallel for schedule(static) if (M > 64)
+        for (long m = 0; m < M; m++) round_row<128>(x + m * D, first + m * D, D);
+        x = first;
+    }
     share(parts.size(), worth, [&](long p) {
         auto [e, m0, m1, n0, n1] = parts[p];
         S* g = scratch<S>(3, BLOCK * I);
@@ -82,3 +89,21 @@ EXPERTS(Plain<float>, f32)
 EXPERTS(Plain<bf16>, bf16)
 EXPERTS(Fp4, fp4_bf16)
 EXPERTS(Fp8, fp8_bf16)
+
+// A whole layer's mixture for packed weights: routed experts in FP4 or FP8, then the shared one (at: one entry, weight 1) in FP8.
+template <class W>
+void mixture(const bf16* x, const float* weight, const int64_t* owner, const void* const* at, const void* const* shared, bf16* out, long M,
+             long K, long E, long D, long I, long J, float limit) {
+    std::vector<float> sum(M * D), ones(M, 1);
+    const std::vector<int64_t> everyone(M);
+    experts<W>(x, weight, owner, at, sum.data(), M, K, E, D, I, limit);
+    experts<Fp8>(x, ones.data(), everyone.data(), shared, sum.data(), M, 1, 1, D, J, limit);
+    for (long i = 0; i < M * D; i++) store(out, i, sum[i]);
+}
+#define MIXTURE(W, suffix)                                                                                                               \
+    extern "C" void mixture_##suffix(const bf16* x, const float* weight, const int64_t* owner, const void* const* at,                    \
+                                     const void* const* shared, bf16* out, long M, long K, long E, long D, long I, long J, float limit) { \
+        mixture<W>(x, weight, owner, at, shared, out, M, K, E, D, I, J, limit);                                                          \
+    }
+MIXTURE(Fp4, fp4_bf16)
+MIXTURE(Fp8, fp8_bf16)

@@ -75,6 +75,43 @@ def _places(*stacks: Tensor) -> Tensor:
     return starts + steps * torch.arange(stacks[0].shape[0])[:, None]
 
 
+def _kept(w1: Packed, w2: Packed, w3: Packed) -> Tensor:
+    """`_places` of packed stacks, or of one expert's matrices, found once: elements and scales stay where they are."""
+    stacks = [t for w in (w1, w2, w3) if (t := powers(w)) is not None]
+    stacks = [w1.elements, w2.elements, w3.elements, *stacks]
+    places = [t.data_ptr() for t in stacks]
+    if w1.__dict__.get("places", (None,))[0] != places:
+        stacks = [t if t.dim() == 3 else t[None] for t in stacks]
+        w1.__dict__["places"] = places, _places(*stacks)
+    table: Tensor = w1.__dict__["places"][1]
+    return table
+
+
+def packed_expert(x: Tensor, w1: Packed, w2: Packed, w3: Packed, limit: float) -> Tensor:
+    """Every row x [N, D] through one expert with weight 1, as `packed_experts` does: float32 [N, D]."""
+    owner, ones = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
+    return _experts(f"experts_{_name(w1)}", x, owner, ones, _kept(w1, w2, w3), w1.shape[0], limit)
+
+
+def mixture(
+    x: Tensor, experts: Tensor, weights: Tensor, routed: tuple[Packed, ...], shared: tuple[Packed, ...], limit: float
+) -> Tensor:
+    """`packed_experts` and `packed_expert` together: [N, D] in bf16."""
+    x, experts, weights, out = x.contiguous(), experts.contiguous(), weights.contiguous(), torch.empty_like(x)
+    sizes = (*experts.shape, len(routed[0].elements), x.shape[-1], routed[0].shape[1], shared[0].shape[0])
+    tables = _kept(*routed), _kept(*shared)
+    call(f"mixture_{_name(routed[0])}", x.dtype, x, weights, experts, *tables, out, *sizes, limit)
+    return out
+
+
+def project(x: Tensor, values: Tensor, gates: Tensor, ape: Tensor, position: Tensor, dim: int) -> Tensor:
+    """See `dsv4.kernels.project`."""
+    x, position, (width, channels) = x.contiguous(), position.contiguous(), values.shape
+    out, rows = torch.empty(*x.shape[:-1], 2 * width), position.numel()
+    call("project", x.dtype, x, values, gates, ape, position, out, rows, width, channels, dim, len(ape))
+    return out
+
+
 def _experts(
     name: str, x: Tensor, experts: Tensor, weights: Tensor, table: Tensor, inner: int, limit: float,
     out: Tensor | None = None,
@@ -123,8 +160,8 @@ def packed_linear(x: Tensor, weight: Packed) -> Tensor:
     (out, width), rows = weight.shape, x.numel() // x.shape[-1]
     if worth_a_copy(x):
         return F.linear(rounded(x), expanded(weight))
-    y = x.new_empty(*x.shape[:-1], out)
-    call(f"linear_{_name(weight)}", x.dtype, rounded(x), weight.elements, powers(weight), y, rows, out, width, 1)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
+    call(f"rounded_linear_{_name(weight)}", x.dtype, x, weight.elements, powers(weight), y, rows, out, width)
     return y
 
 
@@ -143,11 +180,8 @@ def expanded(weight: Packed) -> Tensor:
 def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any, w3: Any, limit: float) -> Tensor:
     """See `numerics.packed_experts`. A streamed stack is asked for the chosen experts alone, at most ``w1.room`` at a
     time, half of them being read while the others work; in rising order, so that the sums are those of one call."""
-    rows = rounded(x)
     if isinstance(w1, Packed):
-        scales = [powers(w) for w in (w1, w2, w3)]
-        table = _places(w1.elements, w2.elements, w3.elements, *(s for s in scales if s is not None))
-        return _experts(f"experts_{_name(w1)}", rows, experts, weights, table, w1.shape[1], limit)
+        return _experts(f"experts_{_name(w1)}", x, experts, weights, _kept(w1, w2, w3), w1.shape[1], limit)
     out = torch.zeros(*x.shape)
     used = experts.unique().tolist()
     size = len(used) if len(used) <= w1.room else max(w1.room // 2, 1)
@@ -160,5 +194,5 @@ def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any
             held.append([*(w.elements for w in one), *(p for w in one if (p := powers(w)) is not None)])
             table[e] = torch.tensor([t.data_ptr() for t in held[-1]])
         w1.ask(following)
-        _experts(f"experts_{_name(one[0])}", rows, experts, weights, table, w1.shape[1], limit, out)
+        _experts(f"experts_{_name(one[0])}", x, experts, weights, table, w1.shape[1], limit, out)
     return out

@@ -1,9 +1,17 @@
-"""The pooling of a compressor."""
+"""What a compressor does between its projections and its norm."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def project(kv: Tensor, gate: Tensor, ape: Tensor, position: Tensor, dim: int) -> Tensor:
+    """A compressor's projected tokens kv, gate float32 [B, T, N] -> [B, T, 2 N]: [kv A, gate A, kv B, gate B], or
+    [kv, gate] without overlap (N = dim). See `dsv4.kernels.project`."""
+    gate = gate + F.embedding(position % len(ape), ape)
+    return torch.cat([half for pair in zip(kv.split(dim, -1), gate.split(dim, -1)) for half in pair], -1)
 
 
 def pool(kv: Tensor, gate: Tensor) -> Tensor:
