@@ -124,10 +124,10 @@ def _machine(spec: dict[str, Any]) -> dict[str, Any]:
     source, target = torch.ones(1 << 26), torch.zeros(1 << 26)
     record = {"copy_gb_s": 2 * 4 * source.numel() / best(lambda: target.copy_(source)) / 1e9}
     for name in ("float32", "bfloat16"):
-        x = torch.randn(1024, 1024).to(getattr(torch, name))
+        x = torch.randn(2048, 2048).to(getattr(torch, name))
         with torch.no_grad():
             seconds = min(best(lambda x=x: x @ x), best(lambda x=x: linear(x, x)))  # type: ignore[misc]
-        record[f"{name}_gflop_s"] = 2 * 1024**3 / seconds / 1e9
+        record[f"{name}_gflop_s"] = 2 * 2048**3 / seconds / 1e9
     return record
 
 

@@ -111,22 +111,25 @@ def main() -> None:
     parser.add_argument("--kt", help="site-packages with kt_kernel")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--folder", type=Path, help="keep the weights here, or use those that are there")
     options = parser.parse_args()
     if options.worker:
         bench.worker(json.loads(options.worker), {"write": write, "agree": agree, "speed": speed})
         return
-    if not options.kt:
-        parser.error("--kt: where kt-kernel is installed")
+    if not options.kt or not (Path(options.kt) / "kt_kernel").is_dir():
+        parser.error(f"--kt: no kt-kernel in {options.kt or 'no folder'}: install it there first (--help says how)")
     before = bench.before(options.busy_ok)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
         shape = {
-            "folder": folder,
+            "folder": str(folder),
             "experts": options.experts,
             "kt": options.kt,
             "rows": options.rows,
             "threads": options.threads,
         }
-        bench.measure({"kind": "write", **shape})
+        if not (folder / "release" / "config.json").exists():
+            bench.measure({"kind": "write", **shape})
         error = bench.measure({"kind": "agree", **shape})["error"]
         if error > 0.05:
             sys.exit(f"the two sides disagree by {error:.1%}, there is nothing to compare")
