@@ -144,8 +144,8 @@ def speed(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(records: list[dict[str, Any]], options: Any) -> str:
-    """One row per layer and task: all three, the ratios, and the share of the limit: decoding of the bandwidth, with the
-    bytes of weights; prefill of the matrix rate, with the operations of the linear layers alone."""
+    """One row per layer and task: all three, the ratios, and the share of the limit: decoding of the bandwidth, with
+    the bytes of weights; prefill of the matrix rate, with the operations of the linear layers alone."""
     copy = max(bench.values(records, "copy_gb_s"))
     rate = max(bench.values(records, "bfloat16_gflop_s"))
     rows = []
