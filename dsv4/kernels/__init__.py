@@ -18,6 +18,7 @@ from dsv4.kernels import triton as _triton
 from dsv4.kernels.cpu import attend as _cpu_attend
 from dsv4.kernels.cpu import attention as _cpu_attention
 from dsv4.kernels.cpu import compress as _cpu_compress
+from dsv4.kernels.cpu import decode as _cpu_decode
 from dsv4.kernels.cpu import hyper_connections as _cpu_hc
 from dsv4.kernels.cpu import linear as _cpu_linear
 from dsv4.kernels.cpu import rope as _cpu_rope
@@ -29,6 +30,8 @@ from dsv4.numerics import Packed
 
 __all__ = [
     "attend",
+    "attention_inputs",
+    "attention_output",
     "choose",
     "collapse",
     "expert",
@@ -110,6 +113,24 @@ def _norm(x: Tensor, other: Tensor | None, backward: bool = False) -> Any:
     if _triton.usable(x, other, backward=backward):
         return _triton.norm
     return _cpu_rope if _cpu_rope.usable(x) else reference
+
+
+def attention_inputs(
+    h: Tensor, wq_a: Any, q_norm: Tensor, wq_b: Any, wkv: Any, kv_norm: Tensor, angles: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Latent [B, T, rank], queries [B, T, H, d] and KV rows [B, T, d], both turned, of h [B, T, D] in one call; None
+    where that is no faster than `linear`, `rms_norm` and `rotate`, whose result it is to the bit."""
+    if _triton.usable(h) or not _cpu_decode.usable(h, wq_a, wq_b, wkv):
+        return None
+    return _cpu_decode.attention_inputs(h, wq_a, q_norm, wq_b, wkv, kv_norm, angles, eps)
+
+
+def attention_output(o: Tensor, wo_a: Any, wo_b: Any, angles: Tensor, groups: int) -> Tensor | None:
+    """o [B, T, H, d] turned back by ``angles`` and through the grouped output projection, [B, T, D], in one call; None
+    where that is no faster than `rotate`, `grouped_linear` and `linear`, whose result it is to the bit."""
+    if _triton.usable(o) or not _cpu_decode.usable(o.flatten(-2), wo_a, wo_b):
+        return None
+    return _cpu_decode.attention_output(o, wo_a, wo_b, angles, groups)
 
 
 def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import attend, choose, grouped_linear, joint_attention, rms_norm, rotate, top_mask
+from dsv4.kernels import (
+    attend,
+    attention_inputs,
+    attention_output,
+    choose,
+    grouped_linear,
+    joint_attention,
+    rms_norm,
+    rotate,
+    top_mask,
+)
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer, index_loss
 from dsv4.model.layers import Linear, Norm, unrounded
@@ -62,15 +72,21 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, plan: Plan, memory: LayerState | None, trace: Trace | None) -> Tensor:
         """h [B, T, D] (normed) -> [B, T, D]."""
         angles = plan.angles[self.layer.rope]
-        latent = self.q_norm(self.wq_a(h))
-        q = self.wq_b(latent).unflatten(-1, (-1, self.config.head_dim))
-        q = rotate(rms_norm(q, None, self.config.rms_norm_eps), angles.unsqueeze(-2))
-        kv = self.round(rotate(self.kv_norm(self.wkv(h)), angles))  # one head: keys and values are the same rows
+        matrices = self.wq_a.weight, self.q_norm.weight, self.wq_b.weight, self.wkv.weight, self.kv_norm.weight
+        inputs = attention_inputs(h, *matrices, angles, self.config.rms_norm_eps)
+        if inputs is None:
+            latent = self.q_norm(self.wq_a(h))
+            q = self.wq_b(latent).unflatten(-1, (-1, self.config.head_dim))
+            q = rotate(rms_norm(q, None, self.config.rms_norm_eps), angles.unsqueeze(-2))
+            inputs = latent, q, rotate(self.kv_norm(self.wkv(h)), angles)
+        latent, q, kv = inputs
+        kv = self.round(kv)  # one head: keys and values are the same rows
         if not differentiable(trace):
             o = self._read(q, kv, h, latent, plan, memory)
         else:
             o = self._attend(q, kv, h, latent, plan, memory, trace)
-        return self._project(rotate(o, angles.conj().unsqueeze(-2)))
+        out = attention_output(o, self.wo_a.weight, self.wo_b.weight, angles, self.config.o_groups)
+        return self._project(rotate(o, angles.conj().unsqueeze(-2))) if out is None else out
 
     def _project(self, o: Tensor) -> Tensor:
         """Grouped output projection (report 2.3.1): consecutive heads form a group. [B, T, H, d] -> [B, T, D]."""

@@ -342,6 +342,35 @@ def test_a_mixture_is_the_sum_of_its_two_calls(rows: int, form: numerics.Format)
 
 @needs_library
 @torch.no_grad()
+@given(st.integers(1, 4), st.sampled_from([(160, 96, 4, 64, 2), (128, 32, 6, 32, 3)]))
+def test_what_surrounds_attention_is_a_chain_of_kernels(tokens: int, sizes: tuple[int, ...]) -> None:
+    """To the bit, for the few rows that decoding has."""
+    width, rank, heads, dim, groups = sizes
+    shapes = [
+        (rank, width),
+        (heads * dim, rank),
+        (dim, width),
+        (groups * 32, heads // groups * dim),
+        (width, groups * 32),
+    ]
+    wq_a, wq_b, wkv, wo_a, wo_b = (packed(shape, numerics.FP8, i) for i, shape in enumerate(shapes))
+    h, norms = normal(1, tokens, width).bfloat16(), (normal(rank, seed=1).detach(), normal(dim, seed=2).detach())
+    angles = torch.polar(torch.ones(1, tokens, dim // 4), normal(1, tokens, dim // 4, seed=3).detach())
+    latent = kernels.rms_norm(kernels.linear(h, wq_a), norms[0], 1e-6)
+    q = kernels.rms_norm(kernels.linear(latent, wq_b).unflatten(-1, (heads, dim)), None, 1e-6)
+    q = kernels.rotate(q, angles.unsqueeze(-2))
+    kv = kernels.rotate(kernels.rms_norm(kernels.linear(h, wkv), norms[1], 1e-6), angles)
+    ours = kernels.attention_inputs(h, wq_a, norms[0], wq_b, wkv, norms[1], angles, 1e-6)
+    assert ours is not None and all(torch.equal(a, b) for a, b in zip(ours, (latent, q, kv)))
+    back = kernels.rotate(q, angles.conj().unsqueeze(-2)).reshape(1, tokens, groups, -1)
+    wanted = kernels.linear(kernels.grouped_linear(back, wo_a).flatten(-2), wo_b)
+    out = kernels.attention_output(q, wo_a, wo_b, angles, groups)
+    assert out is not None and torch.equal(out, wanted)
+    assert kernels.attention_output(q.float(), wo_a, wo_b, angles, groups) is None
+
+
+@needs_library
+@torch.no_grad()
 @given(st.integers(1, 80), st.sampled_from([1, 2]), st.sampled_from([1, 24, 40]), DTYPES)
 def test_projection_of_a_compressor(tokens: int, halves: int, dim: int, dtype: torch.dtype) -> None:
     h, values, gates = (
