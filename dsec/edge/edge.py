@@ -36,6 +36,8 @@ from dsec.substrates import base
 from dsec.types import Record, SandboxInfo, Spec
 
 MAX_LIVE = 2000
+KEPT_KEYS = 3600.0
+"""Seconds for which an idempotency key stands for its sandbox after this has ended."""
 Answer = dict[str, Any]
 
 
@@ -51,7 +53,7 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
         self.log: Any = None
         self._substrates: dict[str, base.Substrate] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._keys: dict[str, asyncio.Future[SandboxInfo]] = {}
+        self._keys: dict[str, tuple[float, asyncio.Future[SandboxInfo]]] = {}
         self._tested: dict[str, asyncio.Future[None]] = {}
 
     # life of the Edge
@@ -166,11 +168,21 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
     async def op_create(self, spec: dict[str, Any] | Spec, pooled: bool = True) -> SandboxInfo:
         spec = spec if isinstance(spec, Spec) else Spec.from_dict(spec)
         if spec.idempotency_key is not None:  # the same key asks for the same sandbox, also while it is being made
-            known = self._keys.get(spec.idempotency_key)
+            self._forget_keys()
+            _, known = self._keys.get(spec.idempotency_key, (0.0, None))
             if known is None or (known.done() and (known.cancelled() or known.exception())):
-                known = self._keys[spec.idempotency_key] = asyncio.ensure_future(self._create(spec, pooled))
+                known = asyncio.ensure_future(self._create(spec, pooled))
+                self._keys[spec.idempotency_key] = time.monotonic(), known
             return await asyncio.shield(known)
         return await self._create(spec, pooled)
+
+    def _forget_keys(self) -> None:
+        """Those given KEPT_KEYS seconds ago whose sandbox is gone; they lie in the order in which they were given."""
+        for key, (given, known) in list(self._keys.items()):
+            if time.monotonic() - given < KEPT_KEYS:
+                break
+            if known.done() and (known.cancelled() or known.exception() or known.result().id not in self.boxes):
+                del self._keys[key]
 
     async def _create(self, spec: Spec, pooled: bool) -> SandboxInfo:
         if spec.trajectory is not None:

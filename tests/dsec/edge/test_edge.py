@@ -243,6 +243,27 @@ def test_the_same_key_makes_one_sandbox(root_host: Host) -> None:
     root_host.sync("connect", ids.pop()).kill()
 
 
+def test_keys_of_sandboxes_that_are_gone_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        edge = Edge(tmp_path)
+        await edge.start()
+
+        async def make(key: str) -> str:
+            return (await edge.op_create({"substrate": "function", "idempotency_key": key})).id
+
+        first, second = await make("a"), await make("b")
+        await edge.op_kill(first)
+        assert await make("a") == first, "an answer that was lost is asked for again"
+        monkeypatch.setattr("dsec.edge.edge.KEPT_KEYS", 0.0)
+        assert await make("b") == second, "it still lives"
+        await make("c")
+        assert set(edge._keys) == {"b", "c"}
+        assert await make("a") != first
+        await edge.stop(destroy=True)
+
+    asyncio.run(main())
+
+
 # Trajectories
 
 
