@@ -94,6 +94,8 @@ class Spec(Record):
                     raise InvalidRequest(f"{name} must map strings to strings, not {key!r}: {value!r}")
         if not (0 <= self.snapshot_steps < 2**31 and 0 <= self.snapshot_seconds < 2**31):
             raise InvalidRequest(f"no schedule: {self.snapshot_steps!r} steps, {self.snapshot_seconds!r} seconds")
+        if self.substrate == "function" and (self.snapshot_steps or self.snapshot_seconds):
+            raise InvalidRequest("a function sandbox has no files to capture on a schedule")
         if not 0 <= self.isolation_min <= 4:
             raise InvalidRequest(f"isolation_min is 0 to 4, not {self.isolation_min!r}")
 

@@ -22,6 +22,7 @@ from dsec.edge.box import Box
 from dsec.errors import Diverged, DsecError, InvalidRequest, OutcomeUnknown, Preempted, SandboxFailed, StateLost
 from dsec.images.layers import Images
 from dsec.trajectory import TrajectoryLog
+from dsec.trajectory.key import identity
 from dsec.types import Spec
 from tests.dsec.conftest import Host
 
@@ -155,6 +156,14 @@ def test_what_is_captured_while_a_step_runs_is_the_state_after_no_step(tmp_path:
         log.close()
 
     asyncio.run(body())
+
+
+def test_a_schedule_needs_files() -> None:
+    for wrong in ({"substrate": "function", "snapshot_steps": 1}, {"snapshot_steps": -1}, {"snapshot_seconds": -0.5}):
+        with pytest.raises(InvalidRequest, match="schedule"):
+            Spec.from_dict(wrong)
+    stated = Spec(snapshot_steps=3, snapshot_seconds=9.0).stated()
+    assert identity(stated, b"") == identity(Spec().stated(), b""), "what is kept does not change what a command does"
 
 
 POINTS = ["edge.half_snapshot", "edge.captured", "segment.torn:6", "segment.written:6", "segment.durable:6"]
