@@ -9,11 +9,12 @@ from torch import Tensor
 
 from dsv4.kernels.reference.select import top_mask
 
-_SCRATCH = 1 << 21  # floats of one piece
+_SCRATCH = 1 << 20  # floats of one piece
+_RUN = 64  # queries of one piece at most: together they read their windows' rows, window + 64
 
 
-def _pieces(tokens: int, per_query: int) -> Iterator[slice]:
-    step = max(_SCRATCH // per_query, 1)
+def _pieces(tokens: int, per_query: int, most: int) -> Iterator[slice]:
+    step = max(min(_SCRATCH // per_query, most), 1)
     return (slice(start, start + step) for start in range(0, tokens, step))
 
 
@@ -31,7 +32,7 @@ def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, 
             found[b, 0] = some = min(stop - start, k)
             chosen[b, 0, :some] = top_mask(weights[b, 0] @ dots, k).nonzero()[:, 0] + start
             continue
-        for part in _pieces(tokens, heads * count):
+        for part in _pieces(tokens, heads * count, tokens):
             dots = (q[b, part].flatten(0, 1) @ keys[b].mT).float().relu_().view(-1, heads, count)
             scores = torch.bmm(weights[b, part].unsqueeze(1), dots).squeeze(1)
             hidden = (entry < low[b, part, None]) | (entry >= high[b, part, None])
@@ -74,10 +75,9 @@ def attend(
         return _decode(q, near, near_from, near_to, far, low, high, picked, sink, scale)
     shared = 0 if far is None or picked is not None else far.shape[1]
     own = 0 if picked is None else picked[0].shape[-1]
-    window = near.shape[1] - tokens + 64  # the rows that 64 queries read
     out = torch.empty_like(q)
     for b in range(batch):
-        for part in _pieces(tokens, heads * (window + shared + own) + own * dim):
+        for part in _pieces(tokens, heads * (near.shape[1] - tokens + _RUN + shared + own) + own * dim, _RUN):
             queries, first, last = q[b, part], near_from[b, part, None], near_to[b, part, None]
             start, stop = int(first.min()), int(last.max())
             r = torch.arange(start, stop, device=q.device)
@@ -87,20 +87,31 @@ def attend(
                 e = torch.arange(shared, device=q.device)
                 rows = torch.cat((rows, far[b]))
                 seen = torch.cat((seen, (e >= low[b, part, None]) & (e < high[b, part, None])), 1)
-            scores = (queries.flatten(0, 1) @ rows.mT).view(len(queries), heads, -1).float()
-            parts = [scores.mul_(scale).masked_fill_(~seen.unsqueeze(1), -torch.inf)]
-            parts.append(sink.float().view(-1, 1).expand(len(queries), -1, 1))
+            common = len(rows)
+            # [queries, heads, common rows, the sink, own rows]: one array, written by the products where they can
+            scores = torch.empty(len(queries), heads, common + 1 + own, device=q.device)
+            _product(queries.flatten(0, 1), rows.mT, scores.flatten(0, 1)[:, :common])
             gathered = None
             if far is not None and picked is not None:
                 chosen, found = (t[b, part] for t in picked)
                 gathered = far[b].index_select(0, chosen.flatten()).view(-1, own, dim)
-                scores = torch.bmm(queries, gathered.mT).float().mul_(scale)
+                scores[..., common + 1 :] = torch.bmm(queries, gathered.mT)
                 if int(found.min()) < own:
                     unused = torch.arange(own, device=q.device) >= found[:, None]
-                    scores.masked_fill_(unused.unsqueeze(1), -torch.inf)
-                parts.append(scores)
-            p = torch.softmax(torch.cat(parts, -1), -1).to(q.dtype)
-            near_p = p[..., : len(rows)].reshape(-1, len(rows))
-            result = (near_p @ rows).view(len(queries), heads, dim)
-            out[b, part] = result if gathered is None else result + torch.bmm(p[..., len(rows) + 1 :], gathered)
+                    scores[..., common + 1 :].masked_fill_(unused.unsqueeze(1), -torch.inf)
+            scores.mul_(scale)
+            hidden = torch.where(seen, 0.0, -torch.inf)  # adding is faster than filling under a mask
+            scores[..., :common].add_(hidden.unsqueeze(1))
+            scores[..., common] = sink.float()
+            p = torch.softmax(scores, -1).to(q.dtype)
+            result = (p.flatten(0, 1)[:, :common] @ rows).view(len(queries), heads, dim)
+            out[b, part] = result if gathered is None else result + torch.bmm(p[..., common + 1 :], gathered)
     return out
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a @ b into float32 ``out``, whose rows may be part of longer ones."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
