@@ -69,7 +69,7 @@ def require_quiet(busy_ok: bool) -> float:
 
 def measure(spec: dict[str, Any], env: dict[str, str] | None = None) -> dict[str, Any]:
     """Runs this script as a worker on ``spec`` -> its record, with ``others``: the cores that others used meanwhile."""
-    threads = {"OMP_NUM_THREADS": str(spec["threads"]), "OMP_WAIT_POLICY": "PASSIVE"}
+    threads = {"OMP_NUM_THREADS": str(spec["threads"])}
     command = [sys.executable, sys.argv[0], "--worker", json.dumps(spec)]
     own, busy, started = resource.getrusage(resource.RUSAGE_CHILDREN), _busy_seconds(), time.monotonic()
     done = subprocess.run(command, env=os.environ | threads | (env or {}), capture_output=True, text=True, check=False)

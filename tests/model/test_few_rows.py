@@ -45,6 +45,16 @@ def test_hyper_connections(streams: int, dtype: torch.dtype) -> None:
     many = reference.hc_enter(torch.cat((x, torch.randn_like(x)), 1), *rest)
     for got, among_two in zip(reference.hc_enter(x, *rest), many):
         assert close(got, among_two[:, :1], 2e-2 if dtype == torch.bfloat16 and got.dtype == dtype else 2e-6)
+    y = torch.randn(1, 2, 64).to(dtype)
+    left = reference.hc_leave(torch.cat((x, x), 1), y, *many[1:])[:, :1]
+    got = reference.hc_leave(x, y[:, :1], many[1][:, :1], many[2][:, :1])
+    assert close(got.float(), left.float(), 2e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_hyper_connections_of_extreme_logits() -> None:
+    x, fn, base = torch.randn(1, 1, 4, 8), torch.randn(24, 32), torch.randn(24) * 1000
+    for part in reference.hc_enter(x, fn, base, torch.ones(3), 20, 1e-6, 1e-6):
+        assert part.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,10 +23,10 @@ EXACT = os.environ.get("DSV4_EXACT", "0") not in ("", "0")
 
 def plain(x: Tensor, *weights: Tensor) -> bool:
     """No gradient wanted, one dtype of float32 or bfloat16 on the CPU, contiguous weights and a compiled library."""
-    kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    kind = kind and all(w.dtype == x.dtype and w.is_contiguous() for w in weights)
+    if library() is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    return kind and not wanted and x.numel() > 0 and library() is not None
+    return not wanted and x.numel() > 0 and all(w.dtype == x.dtype and w.is_contiguous() for w in weights)
 
 
 def usable(x: Tensor, weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ from dsv4.kernels.cpu.library import call, library, parallel, parts_of, run
 
 def usable(x: Tensor) -> bool:
     """float32 or bfloat16 on the CPU, and a compiled library."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and library() is not None
+    return library() is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 class _Norm(torch.autograd.Function):

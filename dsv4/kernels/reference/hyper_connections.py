@@ -32,15 +32,23 @@ def _enter_one(
     norm = (float(v @ v) / len(v) + rms_eps) ** -0.5
     scales = [s for s, count in zip(scale.tolist(), (n, n, n * n)) for _ in range(count)]
     logits = [u * norm * s + b for u, s, b in zip((fn.float() @ v).tolist(), scales, base.tolist())]
-    pre = torch.tensor([1 / (1 + math.exp(-x)) + eps for x in logits[:n]])
-    post = torch.tensor([2 / (1 + math.exp(-x)) for x in logits[n : 2 * n]])
+    gates = [0.5 + 0.5 * math.tanh(0.5 * x) for x in logits[: 2 * n]]  # the sigmoid, without overflow
     matrix = []
     for row in range(2 * n, len(logits), n):
-        powers = [math.exp(x - max(logits[row : row + n])) for x in logits[row : row + n]]
-        matrix.append([p / sum(powers) + eps for p in powers])
-    comb = torch.tensor(sinkhorn_one(matrix, iterations, eps))
-    x = (pre @ v.view(n, -1)).to(streams.dtype)
-    return x.view_as(streams[..., 0, :]), post.view(streams.shape[:-1]), comb.view(*streams.shape[:-1], n)
+        top = max(logits[row : row + n])
+        powers = [math.exp(x - top) for x in logits[row : row + n]]
+        total = sum(powers)
+        matrix.append([p / total + eps for p in powers])
+    comb = [x for line in sinkhorn_one(matrix, iterations, eps) for x in line]
+    maps = torch.tensor([g + eps for g in gates[:n]] + [2 * g for g in gates[n:]] + comb)
+    x = (maps[:n] @ v.view(n, -1)).to(streams.dtype).view_as(streams[..., 0, :])
+    return x, maps[n : 2 * n].view(streams.shape[:-1]), maps[2 * n :].view(*streams.shape[:-1], n)
+
+
+def _one(streams: Tensor) -> bool:
+    """Whether these are the streams of one token on a CPU, without gradients."""
+    single = streams.numel() == streams.shape[-2] * streams.shape[-1]
+    return single and streams.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def hc_enter(
@@ -54,7 +62,7 @@ def hc_enter(
     pre = sigmoid + eps, post = 2 sigmoid, comb = Sinkhorn.
     """
     n = streams.shape[-2]
-    if streams.numel() == n * streams.shape[-1] and streams.device.type == "cpu" and not torch.is_grad_enabled():
+    if _one(streams):
         return _enter_one(streams, fn, base, scale, iterations, rms_eps, eps)
     u = stream_logits(streams, fn, rms_eps)
     logits = u * scale.repeat_interleave(torch.tensor([n, n, n * n], device=scale.device)) + base
@@ -69,6 +77,9 @@ def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Eq. 1: X'_k = post_k y + sum_j comb_jk X_j. The release sums over comb's *first* index (the report's B is its
     transpose). Stream by stream: a batched product of n x n matrices would be one call of the library per token."""
     x = streams.float()
+    if _one(streams):
+        mixed = comb.reshape(post.numel(), -1).mT @ x.reshape(post.numel(), -1)
+        return torch.addr(mixed, post.reshape(-1), y.float().reshape(-1)).to(streams.dtype).view(streams.shape)
     out = post.unsqueeze(-1) * y.unsqueeze(-2).float()
     add = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
     for j in range(x.shape[-2]):

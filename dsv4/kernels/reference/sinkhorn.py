@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operator import mul
+from operator import truediv
 from typing import Any
 
 import torch
@@ -39,18 +39,16 @@ def sinkhorn_one(matrix: list[list[float]], iterations: int, eps: float) -> list
     """`sinkhorn` of one matrix, after its softmax: its 39 passes are 117 calls of torch, or a third of their time in
     Python's own floats.
 
-    The result is row[i] matrix[i][j] column[j], and a pass renews one factor: x / (sum(x) + eps) turns 1 / column[j]
-    into sum_i matrix[i][j] row[i] + eps / column[j]."""
+    The result is matrix[i][j] / (row[i] column[j]), and a pass renews one of the two: x / (sum(x) + eps) makes of
+    column[j] sum_i matrix[i][j] / row[i] + eps column[j]."""
     transposed = list(zip(*matrix))
-    row = column = over_row = over_column = [1.0] * len(matrix)
+    row = column = [1.0] * len(matrix)
     for step in range(2 * iterations - 1):
         if step % 2 == 0:
-            over_column = [sum(map(mul, line, row)) + eps * old for line, old in zip(transposed, over_column)]
-            column = [1 / x for x in over_column]
+            column = [sum(map(truediv, line, row)) + eps * old for line, old in zip(transposed, column)]
         else:
-            over_row = [sum(map(mul, line, column)) + eps * old for line, old in zip(matrix, over_row)]
-            row = [1 / x for x in over_row]
-    return [[x * a * b for x, b in zip(line, column)] for line, a in zip(matrix, row)]
+            row = [sum(map(truediv, line, column)) + eps * old for line, old in zip(matrix, row)]
+    return [[x / (a * b) for x, b in zip(line, column)] for line, a in zip(matrix, row)]
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
