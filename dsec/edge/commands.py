@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Literal
 
@@ -21,20 +22,21 @@ Answer = dict[str, Any]
 Unknown = Literal["retry", "fail", "restore_then_retry"]
 
 
-class CommandOperations:
+class CommandOperations(ABC):
     """The op_commands_* methods of an Edge, which gives the three below."""
 
-    def _box(self, id: str) -> Box:
-        raise NotImplementedError
+    @abstractmethod
+    def _box(self, id: str) -> Box: ...
 
-    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]: ...
 
+    @abstractmethod
     async def _logged(
         self, box: Box, kind: str, args: dict[str, Any], act: Any, idempotent: bool = False,
         on_unknown: Unknown = "fail",
     ) -> Answer:  # fmt: skip
-        raise NotImplementedError
+        ...
 
     async def _options(self, box: Box, user: str | None, env: dict[str, str] | None, cwd: str | None) -> dict[str, Any]:
         uid, gid, home = await self._user(box, user or box.spec.user)

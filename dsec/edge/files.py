@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from dsec.edge.box import Box
 Answer = dict[str, Any]
 
 
-class FileOperations:
+class FileOperations(ABC):
     """The op_files_* methods of an Edge, which gives the two below."""
 
-    def _box(self, id: str) -> Box:
-        raise NotImplementedError
+    @abstractmethod
+    def _box(self, id: str) -> Box: ...
 
-    async def _logged(self, box: Box, kind: str, args: dict[str, Any], act: Any, idempotent: bool = False) -> Answer:
-        raise NotImplementedError
+    @abstractmethod
+    async def _logged(
+        self, box: Box, kind: str, args: dict[str, Any], act: Any, idempotent: bool = False
+    ) -> Answer: ...
 
     async def op_files_read(self, id: str, path: str, offset: int = 0, size: int = 1 << 28) -> bytes:
         box = self._box(id)

@@ -15,6 +15,7 @@ import json
 import logging
 import secrets
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ KEPT = 2
 logger = logging.getLogger(__name__)
 
 
-class TrajectoryOperations:
+class TrajectoryOperations(ABC):
     """What an Edge does for boxes with a trajectory; the Edge gives the names below."""
 
     home: Path
@@ -47,23 +48,23 @@ class TrajectoryOperations:
     boxes: dict[str, Box]
     log: Any
 
-    async def make(self, spec: Spec, snapshot: str = "") -> Box:
-        raise NotImplementedError
+    @abstractmethod
+    async def make(self, spec: Spec, snapshot: str = "") -> Box: ...
 
-    async def capture(self, box: Box, name: str, **meta: Any) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    async def capture(self, box: Box, name: str, **meta: Any) -> str: ...
 
-    async def replace_files(self, box: Box, snapshot: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def replace_files(self, box: Box, snapshot: str) -> None: ...
 
-    async def op_resume(self, id: str) -> SandboxInfo:
-        raise NotImplementedError
+    @abstractmethod
+    async def op_resume(self, id: str) -> SandboxInfo: ...
 
-    def _box(self, id: str) -> Box:
-        raise NotImplementedError
+    @abstractmethod
+    def _box(self, id: str) -> Box: ...
 
-    def _task(self, work: Any) -> asyncio.Task[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _task(self, work: Any) -> asyncio.Task[Any]: ...
 
     async def open_log(self) -> Any:
         if self.log is None:

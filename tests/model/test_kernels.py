@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -166,6 +166,19 @@ def test_experts(rows: int, inner: int, width: int, experts: int, dtype: torch.d
     near(ours, reference.routed_experts(wide[0], chosen, weights.double(), *wide[1:], 0.3), dtype)
 
 
+def same_in_any_batch(run: Callable[[slice], tuple[Tensor, ...]]) -> None:
+    """``run`` of parts of 130 rows: the same bits in every batch and with any number of threads."""
+    whole, threads = run(slice(None)), torch.get_num_threads()
+    try:
+        for count, size in ((1, 1), (2, 3), (2, 7), (1, 64), (3, 130)):
+            torch.set_num_threads(count)
+            for start in range(0, 130, size):
+                part = slice(start, start + size)
+                assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @needs_library
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,15 +192,7 @@ def test_a_row_does_not_know_its_batch(dtype: torch.dtype) -> None:
     def run(part: slice) -> tuple[Tensor, Tensor]:
         return linear.linear(x[part], w), linear.routed_experts(x[part], chosen[part], weights[part], *experts, 7.0)
 
-    whole, threads = run(slice(None)), torch.get_num_threads()
-    try:
-        for count, size in ((1, 1), (2, 3), (2, 7), (1, 64), (3, 130)):
-            torch.set_num_threads(count)
-            for start in range(0, 130, size):
-                part = slice(start, start + size)
-                assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole))
-    finally:
-        torch.set_num_threads(threads)
+    same_in_any_batch(run)
 
 
 def packed(shape: tuple[int, ...], form: numerics.Format, seed: int) -> numerics.Packed:
@@ -265,15 +270,7 @@ def test_a_row_of_a_packed_layer_does_not_know_its_batch(form: numerics.Format) 
         routed = linear.packed_experts(x[part], chosen[part], weights[part], *stacks, 7.0)
         return linear.packed_linear(x[part], w), routed
 
-    whole, threads = run(slice(None)), torch.get_num_threads()
-    try:
-        for count, size in ((1, 1), (2, 3), (2, 7), (1, 64), (3, 130)):
-            torch.set_num_threads(count)
-            for start in range(0, 130, size):
-                part = slice(start, start + size)
-                assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole))
-    finally:
-        torch.set_num_threads(threads)
+    same_in_any_batch(run)
 
 
 @needs_library

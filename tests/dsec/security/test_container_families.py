@@ -165,9 +165,9 @@ def test_5_inotify_bombs_take_the_boxes_own(host: Host) -> None:
     bomb = (
         "import ctypes, os, time\nlibc, said = ctypes.CDLL(None), open('/root/said', 'w')\n"
         "made = 0\nwhile libc.inotify_init1(0) >= 0: made += 1\n"
-        "os.mkdir('/tmp/w')\nwatched = 0\n"
+        "os.mkdir('/tmp/many')\nwatched = 0\n"
         "try:\n for i in range(100000):\n"
-        "  os.mkdir(f'/tmp/w/{i}'); watched += libc.inotify_add_watch(4, f'/tmp/w/{i}'.encode(), 4095) > 0\n"
+        "  os.mkdir(f'/tmp/many/{i}'); watched += libc.inotify_add_watch(4, f'/tmp/many/{i}'.encode(), 4095) > 0\n"
         "except OSError: pass\nprint(made, watched, file=said, flush=True)\ntime.sleep(60)"
     )
     one = "import ctypes; print(ctypes.CDLL(None).inotify_init1(0) >= 0)"
