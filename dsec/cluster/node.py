@@ -63,6 +63,10 @@ def pressure() -> float:
     return worst
 
 
+LOOK = 30.0
+"""Seconds between two comparisons with the store. A row that no server asked for ends within two of them."""
+
+
 class Node:
     """Serves `call` and `stream` like an Edge, with the cluster's ids in place of the Edge's own."""
 
@@ -81,7 +85,7 @@ class Node:
                 self.boxes[id] = box
                 kept[id] = budget_of(box.spec)
         await asyncio.to_thread(self.member.join, kept)
-        for work, seconds in ((self._beat, self.terms.renew), (self._tidy, 1.0), (self._look, 30.0)):
+        for work, seconds in ((self._beat, self.terms.renew), (self._tidy, 1.0), (self._look, LOOK)):
             self._tasks.append(asyncio.create_task(self._often(work, seconds)))
 
     async def stop(self, destroy: bool = False) -> None:

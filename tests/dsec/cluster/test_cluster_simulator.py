@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], Callable[[pytest.MonkeyPatch], None]]] 
     "what must stop goes on": (("lossy", "slow"), reconcile_without("stop")),
     "a row given up may start late": (("slow",), patch(member.Member, "admit", forgetful_admit)),
     "rows of an old epoch stay": (
-        ("hosts", "stale", "restart", "lossy", "servers"),
+        ("restart", "lossy"),
         patch(store.Store, "sweep", lambda self, now: []),
     ),
     "hosts are lost without their sandboxes": (
