@@ -15,11 +15,11 @@ import asyncio
 import contextlib
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
+
+from _dsec import an_edge
 
 from dsec.edge.edge import Edge
 from dsec.types import Spec
@@ -71,12 +71,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="commands of each kind, in each of two turns")
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}, uid {os.geteuid()}")
-    with tempfile.TemporaryDirectory(prefix="dsec-bench-") as name:
-        home = Path(name)
-        home.chmod(0o711)
-        edge = Edge(home)
-        await edge.start()
+    async with an_edge() as edge:
         print(f"limits by {edge.substrate('container').capabilities.limits}")
         info, _ = await edge.call("create", {"spec": Spec(cpu=1, timeout=600).as_dict()})
         id = info["id"]
@@ -94,8 +89,6 @@ async def main() -> None:
             for (mine, where), values in found.items():
                 if mine == label:
                     print("  " + line(where, values))
-        await edge.stop(destroy=True)
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
 
 
 if __name__ == "__main__":

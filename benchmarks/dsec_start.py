@@ -18,11 +18,12 @@ import os
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _dsec import an_edge
 
 from dsec.edge.edge import Edge
 from dsec.substrates.function import Functions
@@ -194,22 +195,15 @@ async def main() -> None:
     parser.add_argument("--live", type=int, default=0, help="containers at once")
     parser.add_argument("--seconds", type=float, default=1.0, help="of calls per function variant")
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}, kernel {os.uname().release}, uid {os.geteuid()}")
-    with tempfile.TemporaryDirectory(prefix="dsec-bench-") as name:
-        home = Path(name)
-        home.chmod(0o711)
-        edge = Edge(home, max_live=max(2000, options.live + 100))
-        await edge.start()
+    async with an_edge(max(2000, options.live + 100)) as edge:
         _, id = await ours(edge)  # compiles, tests the walls
         await edge.call("kill", {"id": id})
-        await cold(edge, options.rounds, home)
+        await cold(edge, options.rounds, edge.home)
         await warm(edge, options.rounds)
         await burst(edge, options.burst, 8)
         if options.live:
             await live(edge, options.live)
-        await edge.stop(destroy=True)
-        await calls(options.seconds)
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
+    await calls(options.seconds)
 
 
 if __name__ == "__main__":

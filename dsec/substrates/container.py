@@ -30,6 +30,7 @@ from dsec.substrates import oci
 from dsec.substrates.base import Probe
 from dsec.substrates.begun import Begun
 from dsec.substrates.oci import Runtime
+from dsec.substrates.process import Watched, started
 from dsec.types import Capabilities, Spec, Stats
 
 MASKED = (
@@ -219,7 +220,7 @@ class ContainerSubstrate:
 
     async def adopt(self, id: str, spec: Spec, folder: Path, state: dict[str, Any]) -> Container:
         pid = int(state["pid"])
-        if _started(pid) != state["started"]:
+        if started(pid) != state["started"]:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         await self._prepare()
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
@@ -356,23 +357,9 @@ class Container:
         self.users = of.root
         """Whether commands may run as others than root: only root of the host can map more than one id."""
         self._of, self._pid, self._group, self._folder = of, pid, group, folder
-        self._started = _started(pid)
-        self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._process = Watched(pid, self._reason)
+        self._started, self._end = self._process.started, self._process.end
         self._gone = False
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._end.set_result(self._reason())
-        else:
-            asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
-
-    def _exited(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        with contextlib.suppress(ChildProcessError):  # an adopted one is not our child
-            os.waitpid(self._pid, os.WNOHANG)
-        if not self._end.done():
-            self._end.set_result(self._reason())
 
     def _reason(self) -> str:
         with contextlib.suppress(OSError):
@@ -447,19 +434,9 @@ class Container:
                 self._group.kill()
             else:
                 _kill_inside(self._pid)
-            try:
-                await asyncio.wait_for(asyncio.shield(self._end), 5)
-            except TimeoutError:
-                os.kill(self._pid, signal.SIGKILL)
+            if not await self._process.ended(5):
+                self._process.signal(signal.SIGKILL)
         self._of._bury(self._group, self._folder)
-
-
-def _started(pid: int) -> int:
-    """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 def _kill_inside(monitor: int) -> None:

@@ -30,6 +30,9 @@ def needed(runtime: str) -> None:
     if not os.access(KVM, os.R_OK | os.W_OK):
         reason = f"{runtime} needs KVM, and {KVM} cannot be opened"
         raise SubstrateUnavailable(reason, reason=reason, fix='a host with KVM, or runtime="" (QEMU emulates)')
+    if runtime == "libkrun" and not os.environ.get("DSEC_VMLINUX"):
+        reason = "libkrun names its devices on the kernel's command line, which Debian's kernel does not read"
+        raise SubstrateUnavailable(reason, reason=reason, fix=f"set DSEC_VMLINUX to {libkrun.KERNEL}")
 
 
 def identity(runtime: str) -> list[Any]:

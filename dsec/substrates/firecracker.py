@@ -1,9 +1,10 @@
 """Firecracker: one process per machine, driven by HTTP over a unix socket; the agent is reached through its vsock.
 
-Facts: Firecracker's own firecracker.yaml (1.17), docs/vsock.md and docs/snapshotting. A machine is configured before
-InstanceStart; a snapshot is made of a paused one and loaded by a fresh process before anything else; memory is then
-mapped privately from its file. Paths are those of the process's own root (confine.c): every machine has its socket at
-/box/v.sock, its layers at /disk0 and on, so that a snapshot, which holds these names, fits every clone.
+Facts: Firecracker's own firecracker.yaml (1.17), docs/vsock.md, docs/snapshotting and docs/kernel-policy.md. A
+machine is configured before InstanceStart; a snapshot is made of a paused one and loaded by a fresh process before
+anything else; memory is then mapped privately from its file. Paths are those of the process's own root (confine.c):
+every machine has its socket at /box/v.sock, its layers at /disk0 and on, so that a snapshot, which holds these names,
+fits every clone.
 
 No machine was booted with it: the host at hand has no KVM that boots. What is tested is the order and the bodies of the
 requests, and the way through vsock, against a server that checks both (tests/dsec/vm/test_firecracker.py).
@@ -28,6 +29,7 @@ FIX = "put a release of github.com/firecracker-microvm/firecracker on PATH, on a
 CID = 3
 """Of every guest: each has a socket of its own on the host, so they need not differ."""
 CMDLINE = "console=ttyS0 reboot=k panic=-1 quiet"
+OLDEST = (1, 8)
 ANSWER = 1 << 20
 """Bytes an answer may have."""
 
@@ -38,6 +40,11 @@ def find() -> Path:
     if program is None:
         raise SubstrateUnavailable("no Firecracker", reason=f"{BINARY} is not installed", fix=FIX)
     return Path(program).resolve()
+
+
+def release(text: str) -> tuple[int, ...]:
+    """ "1.17.0-dev" as (1, 17, 0)."""
+    return tuple(int(part) for part in text.partition("-")[0].split(".") if part.isdecimal())
 
 
 class Api:
@@ -137,10 +144,14 @@ class Firecracker(Monitor):
             deadline = asyncio.get_running_loop().time() + 10
             while True:
                 try:
-                    await made.api.request("GET", "/version")
-                    return made
+                    said = (await made.api.request("GET", "/version") or {}).get("firecracker_version", "")
+                    break
                 except SandboxFailed:  # not there yet, or bound and not yet listening
                     await until(made, deadline, "its control socket")
+            if release(said) < OLDEST and not os.environ.get("DSEC_VMLINUX"):
+                reason = f"Firecracker {said} names no devices in ACPI, and Debian's kernel finds them nowhere else"
+                raise SubstrateUnavailable(reason, reason=reason, fix="Firecracker 1.8 or later, or DSEC_VMLINUX")
+            return made
         except BaseException:
             await made.kill()
             raise

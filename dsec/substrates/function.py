@@ -51,7 +51,9 @@ class FunctionSubstrate:
     """See base.Substrate. Workers belong to the Edge: they end with it, and so do calls in flight."""
 
     name = "function"
-    capabilities = Capabilities(isolation=0, persistent_fs=False, network=False, tty=False, limits="rlimit")
+    capabilities = Capabilities(
+        isolation=0, persistent_fs=False, network=False, snapshots=False, tty=False, limits="rlimit"
+    )
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -105,7 +107,7 @@ class Functions:
         self.variant, self.spec = variant, spec
         self.agent = NoAgent()
         self.capabilities = Capabilities(
-            isolation=LEVELS[variant], persistent_fs=False, network=False, tty=False, limits="rlimit"
+            isolation=LEVELS[variant], persistent_fs=False, network=False, snapshots=False, tty=False, limits="rlimit"
         )
         self._idle: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
         self._count = 0

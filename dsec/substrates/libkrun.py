@@ -1,7 +1,9 @@
 """libkrun: a machine is a process that has called a C library (krun.c; facts from libkrun.h).
 
-libkrun has no snapshots: every machine boots, pausing one stops its process, and fork and snapshot are refused. No
-machine was booted with it (see firecracker.py); what is tested is which functions are called, in which order and how.
+It names its devices on the kernel's command line, which Debian's kernel does not read, so it needs a kernel of the
+user's (DSEC_VMLINUX). libkrun has no snapshots: every machine boots, pausing one stops its process, and fork and
+snapshot are refused. No machine was booted with it (see firecracker.py); what is tested is which functions are
+called, in which order and how.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from dsec.launch.cgroups import Cgroup
 from dsec.substrates.monitor import PORT, GuestAgent, Monitor, box_of, confined, socket_in, until
 
 FIX = "install libkrun.so (github.com/containers/libkrun) where the linker finds it, on a host with KVM"
-CMDLINE = "console=hvc0 reboot=k panic=-1 quiet"
+CMDLINE = "reboot=k panic=-1 quiet"
+KERNEL = "a kernel (ELF) with CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES, virtio-blk, vsock, erofs and overlay built in"
 
 
 def find() -> str:

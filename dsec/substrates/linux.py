@@ -25,7 +25,8 @@ from dsec.guest import build
 # Drivers of the devices we attach and the file systems of a root; what they depend on is read from the modules.
 MODULES = ["virtio_pci", "virtio_console", "virtio_blk", "virtio-rng", "erofs", "overlay"]
 VSOCK_MODULES = ["virtio_mmio", "virtio_blk", "virtio-rng", "vmw_vsock_virtio_transport", "erofs", "overlay"]
-"""For monitors without PCI: devices that the command line or ACPI names, and the agent's way to the host."""
+"""For monitors without PCI: devices that ACPI names (Firecracker from 1.8 on) or the command line (libkrun; Debian's
+kernel does not read that: CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES), and the agent's way to the host."""
 PACKAGE = "linux-image-cloud-amd64"
 _EXTRACT = (
     "set -e; name=$(apt-cache depends {package} | sed -n 's/.*Depends: \\(linux-image-[0-9]\\)/\\1/p' | head -n1); "
@@ -40,10 +41,13 @@ INIT = r"""#!/bin/busybox sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
 /bin/busybox mkdir -p /proc /sys /dev /run /tmp /root /etc /lower /upper /new /usr/bin /usr/sbin /sbin
 /bin/busybox --install -s
-fail() { echo "dsec: $*"; reboot -f; }
+fail() { echo "dsec: $*${missing:+ (not loaded:$missing)}"; reboot -f; }
 mount -t devtmpfs -o nosuid dev /dev && mount -t proc -o nosuid,nodev,noexec proc /proc || fail no /proc
 mount -t sysfs -o nosuid,nodev,noexec sys /sys
-for m in $(cat /modules/order); do insmod /modules/$m || fail module $m; done
+for m in $(cat /modules/order); do # another kernel may have them built in; what is missing shows below
+  o=; for w in $(cat /proc/cmdline); do case $w in $m.*=*) o="$o ${w#*.}";; esac; done
+  insmod /modules/$m $o 2>/dev/null || missing="$missing $m"
+done
 for w in $(cat /proc/cmdline); do case $w in dsec.*=*) eval "${w#dsec.}";; esac; done
 n=0
 [ -n "$vsock" ] && port=vsock:$vsock

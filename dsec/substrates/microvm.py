@@ -29,7 +29,8 @@ from dsec.launch.cgroups import Cgroup
 from dsec.substrates import engines, linux, qemu
 from dsec.substrates.base import Probe
 from dsec.substrates.checkpoint import NAME, Checkpoint, Root, disk_size, file_system, qcow2
-from dsec.substrates.monitor import GuestAgent, Monitor, started
+from dsec.substrates.monitor import GuestAgent, Monitor
+from dsec.substrates.process import started
 from dsec.substrates.qemu import Disk, Machine, Qemu, Ram
 from dsec.types import Capabilities, Spec, Stats
 
@@ -52,7 +53,7 @@ _Boot = tuple[linux.Kernel, Path]
 
 def capabilities(accel: str, forks: bool = True) -> Capabilities:
     """Of a machine that runs on "kvm" or "tcg"."""
-    return Capabilities(4 if accel == "kvm" else 3, fork_memory=forks, network=True, limits="machine")
+    return Capabilities(4 if accel == "kvm" else 3, fork_memory=forks, network=True, snapshots=forks, limits="machine")
 
 
 class MicroVMSubstrate:
@@ -123,6 +124,8 @@ class MicroVMSubstrate:
         """A machine of another monitor: cloned from a template where that can be, else booted."""
         if snapshot is not None:
             raise InvalidRequest(f"{spec.runtime} starts from no snapshot of a machine here")
+        if spec.snapshot_steps or spec.snapshot_seconds:
+            raise InvalidRequest(f'{spec.runtime} cannot be captured here, so not on a schedule either: runtime=""')
         engines.needed(spec.runtime)
         root = await self.root(spec)
         point = Checkpoint(folder, max(64, spec.memory), max(1, math.ceil(spec.cpu)), "kvm", root, monitor=spec.runtime)

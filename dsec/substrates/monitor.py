@@ -13,6 +13,7 @@ import shutil
 import signal
 import stat
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dsec.errors import Capacity, SandboxFailed, Timeout
 from dsec.guest import build
 from dsec.guest.protocol import Agent, Process
 from dsec.launch.cgroups import Cgroup
+from dsec.substrates.process import Watched
 
 HANG = 1.0
 """Seconds a guest has to end a command that is killed, before the machine is."""
@@ -27,7 +29,7 @@ PORT = 1024
 """The agent's, where a machine has vsock."""
 
 
-class Monitor:
+class Monitor(ABC):
     """A running one. Its files are in `folder`: log (its standard error, and while it boots, its guest's console)."""
 
     name = ""
@@ -35,24 +37,10 @@ class Monitor:
     """Whether a running one can be saved and go on, so that it has snapshots and forks."""
 
     def __init__(self, pid: int, folder: Path, group: Cgroup | None) -> None:
-        self.pid, self.folder, self.group = pid, folder, group
-        self.started = started(pid)
+        self.folder, self.group = folder, group
         self.blame = ""  # why we killed it
-        self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self.end.set_result(f"{self.name} had ended")
-        else:
-            asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
-
-    def _exited(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        with contextlib.suppress(ChildProcessError):  # an adopted one is not our child
-            os.waitpid(self.pid, os.WNOHANG)
-        if not self.end.done():
-            self.end.set_result(self.why())
+        self.process = Watched(pid, self.why)
+        self.pid, self.started, self.end = pid, self.process.started, self.process.end
 
     def why(self) -> str:
         """Why it ended: what we killed it for, its last words, or that it was switched off."""
@@ -73,16 +61,16 @@ class Monitor:
         """The last lines the guest wrote to its console, for error messages; "" when nobody tells."""
         return self._log()
 
+    @abstractmethod
     async def agent(self, deadline: float) -> GuestAgent:
         """A connection to the agent of its guest. Raises SandboxFailed, or Timeout after `deadline` seconds."""
-        raise NotImplementedError
 
     async def stop(self) -> None:
         """The guest stands still."""
-        signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+        self.process.signal(signal.SIGSTOP)
 
     async def cont(self) -> None:
-        signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+        self.process.signal(signal.SIGCONT)
 
     async def save(self, target: Path) -> None:
         """Writes a stopped machine as `device` and `ram` into the folder `target`, to be cloned from."""
@@ -90,11 +78,8 @@ class Monitor:
 
     async def kill(self) -> None:
         """SIGKILL, and waits for the end (at most 5 s: then the kernel is stuck with it)."""
-        if not self.end.done():
-            with contextlib.suppress(ProcessLookupError, OSError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self.end), 5)
+        self.process.signal(signal.SIGKILL)
+        await self.process.ended(5)
 
 
 class GuestAgent(Agent):
@@ -187,14 +172,6 @@ async def until(monitor: Monitor, deadline: float, what: str, seconds: float = 0
             f"{monitor.name}: no {what} in time; the end of its console: {(await monitor.console())[-400:]!r}"
         )
     await asyncio.sleep(seconds)
-
-
-def started(pid: int) -> int:
-    """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 def _printable(text: str) -> str:

@@ -311,6 +311,7 @@ class Qemu(Monitor):
 
     async def save_devices(self, target: Path) -> None:
         """Writes a stopped machine's device state to `target`."""
+        self.process.rewind(self.folder / "device")  # QEMU goes on where its last one ended
         os.truncate(self.folder / "device", 0)
         await (await self.qmp()).execute("xen-save-devices-state", filename=f"/dev/fdset/{_STATE}", live=False)
         await asyncio.to_thread(shutil.copyfile, self.folder / "device", target)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,15 @@ int32_t krun_add_vsock_port2(uint32_t c, uint32_t port, str path, bool listen) {
     return 0;
 }
 int32_t krun_set_console_output(uint32_t c, str path) { SAY("%u console %s", c, path); return 0; }
+#ifndef LEGACY
+int32_t krun_disable_implicit_console(uint32_t c) { SAY("%u no console", c); return 0; }
+int32_t krun_add_serial_console_default(uint32_t c, int in, int out) {
+    SAY("%u serial %d", c, in);
+    return write(out, "booting", 7) == 7 ? 0 : -9;
+}
+int32_t krun_disable_implicit_vsock(uint32_t c) { SAY("%u no vsock", c); return 0; }
+int32_t krun_add_vsock(uint32_t c, uint32_t tsi) { SAY("%u vsock with %u", c, tsi); return 0; }
+#endif
 #ifndef OLD
 int32_t krun_start_enter(uint32_t c) {
     SAY("%u enter", c);
@@ -264,6 +274,10 @@ def test_a_firecracker_machine_is_cloned_from_a_template(bench: Bench, firecrack
         bench.run(again.snapshot(tmp_path / "snapshot"))
     with pytest.raises(InvalidRequest, match="starts from no snapshot"):
         bench.run(bench.create(FC, tmp_path / "snapshot"))
+    assert not again.capabilities.snapshots
+    for schedule in ({"snapshot_steps": 1}, {"snapshot_seconds": 1.0}):
+        with pytest.raises(InvalidRequest, match="firecracker cannot be captured here, so not on a schedule"):
+            bench.run(bench.create(FC.but(**schedule)))
 
 
 def test_a_firecracker_machine_is_found_again_and_ended(bench: Bench, firecracker: Path) -> None:
@@ -363,15 +377,46 @@ def test_a_libkrun_machine_is_what_was_asked_for(bench: Bench, tmp_path: Path, m
     machine = bench.run(bench.create(KRUN.but(cpu=2, image=str(tmp_path / "layer.erofs"))))
     words = f"dsec.size={KRUN.disk} dsec.boot=agent dsec.layers=1 dsec.vsock=1024"
     assert (machine.machine.folder / "box/calls").read_text().splitlines() == [
-        "create", "log 1", "7 vm 2 128", f"7 kernel /kernel 1 /initrd | console=hvc0 reboot=k panic=-1 quiet {words}",
-        "7 disk disk0 /disk0 1", "7 ports none", "7 vsock 1024 /box/v.sock 1", "7 console /box/console", "7 enter",
+        "create", "log 1", "7 vm 2 128", f"7 kernel /kernel 1 /initrd | console=ttyS0 reboot=k panic=-1 quiet {words}",
+        "7 disk disk0 /disk0 1", "7 no vsock", "7 vsock with 0", "7 vsock 1024 /box/v.sock 1",
+        "7 no console", "7 serial -1", "7 enter",
     ]  # fmt: skip
+    assert bench.run(machine.machine.console()) == "booting"
     assert bench.run(shell(machine, ["echo", "hello"])) == (0, "hello\n")
     bench.run(machine.freeze())
-    assert Path(f"/proc/{machine.machine.pid}/stat").read_text().split(") ")[1][0] in "Tt"
+    end = time.monotonic() + 10  # the signal is sent; the processor that it runs on sees it a moment later
+    while Path(f"/proc/{machine.machine.pid}/stat").read_text().split(") ")[1][0] not in "Tt":
+        assert time.monotonic() < end
     bench.run(machine.thaw())
     with pytest.raises(InvalidRequest, match="libkrun has no snapshots"):
         bench.run(machine.snapshot(tmp_path / "snapshot"))
+
+
+def test_an_older_libkrun_makes_its_own_devices(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSEC_LIBKRUN", library(tmp_path, "-DLEGACY"))
+    machine = bench.run(bench.create(KRUN))
+    words = f"dsec.size={KRUN.disk} dsec.boot=agent dsec.layers=0 dsec.vsock=1024"
+    assert (machine.machine.folder / "box/calls").read_text().splitlines() == [
+        "create", "log 1", "7 vm 1 128", f"7 kernel /kernel 1 /initrd | console=hvc0 reboot=k panic=-1 quiet {words}",
+        "7 ports none", "7 vsock 1024 /box/v.sock 1", "7 console /box/console", "7 enter",
+    ]  # fmt: skip
+
+
+def test_a_kernel_that_would_find_no_device_is_refused(
+    bench: Bench, firecracker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian's finds virtio-mmio devices through ACPI alone."""
+    monkeypatch.delenv("DSEC_VMLINUX")
+    monkeypatch.setattr(linux, "elf", lambda home, found: tmp_path / "kernel")
+    monkeypatch.setenv("DSEC_LIBKRUN", library(tmp_path))
+    with pytest.raises(SubstrateUnavailable, match="which Debian's kernel does not read") as caught:
+        bench.run(bench.create(KRUN))
+    assert "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES" in caught.value.fix
+    firecracker.write_text(SERVER.replace("1.17.0", "1.7.0-dev"))
+    with pytest.raises(SubstrateUnavailable, match=r"Firecracker 1\.7\.0-dev names no devices in ACPI"):
+        bench.run(bench.create(FC))
+    firecracker.write_text(SERVER.replace("1.17.0", "1.8.0"))
+    assert bench.run(shell(bench.run(bench.create(FC)), ["echo", "hello"])) == (0, "hello\n")
 
 
 def test_what_libkrun_refuses_is_said(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

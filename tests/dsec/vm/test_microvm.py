@@ -118,6 +118,19 @@ async def _fork_of(bench: Bench, machine: VirtualMachine, folder: Path) -> Virtu
     return await bench.create(snapshot=folder)
 
 
+def test_every_snapshot_of_a_machine_is_one(bench: Bench, tmp_path: Path) -> None:
+    """QEMU keeps the file that it writes its devices to open, and its place in it."""
+
+    async def work() -> None:
+        machine = await bench.create()
+        for n in range(2):
+            await machine.snapshot(tmp_path / f"{n}")
+            assert (tmp_path / f"{n}/device").read_bytes()[:4] == b"QEVM"
+        assert (await shell(await bench.create(SPEC, tmp_path / "1"), ["echo", "second"])) == (0, "second\n")
+
+    bench.run(work())
+
+
 def test_snapshots_do_not_make_untouched_memory_real(bench: Bench, machine: VirtualMachine, tmp_path: Path) -> None:
     """Reading a hole of shared memory allocates it: a snapshot that read all of it would cost the whole machine."""
     assert machine.point.ram is not None
