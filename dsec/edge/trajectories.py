@@ -47,6 +47,7 @@ class TrajectoryOperations(ABC):
     snapshots: Path
     boxes: dict[str, Box]
     log: Any
+    tended: Any
 
     @abstractmethod
     async def make(self, spec: Spec, snapshot: str = "") -> Box: ...
@@ -71,6 +72,7 @@ class TrajectoryOperations(ABC):
             from dsec.trajectory import TrajectoryLog
 
             self.log = TrajectoryLog(self.home / "log")
+            self.tended = self.tended or self._task(self.tend_log())
         return self.log
 
     async def _resume(self, spec: Spec) -> SandboxInfo:
@@ -249,6 +251,22 @@ class TrajectoryOperations(ABC):
         branches = await delete(await self.open_log(), trajectory)
         sweep_snapshots(self.log, self.snapshots)
         return {"branches": branches}
+
+    async def tend_log(self) -> None:
+        """Keeps the log within the bounds that the environment gives, for as long as the Edge runs (upkeep.py)."""
+        from dsec.trajectory.retention import sweep_snapshots
+        from dsec.trajectory.upkeep import Bounds, tend
+
+        bounds = Bounds.from_environment()
+        while bounds.every:
+            await asyncio.sleep(bounds.every)
+            try:
+                deleted, freed = await tend(await self.open_log(), bounds)
+                if deleted or freed.segments:
+                    sweep_snapshots(self.log, self.snapshots)
+                    logger.info("log: %d trajectories deleted, %d bytes freed", len(deleted), freed.bytes)
+            except (DsecError, OSError) as error:
+                logger.warning("log: not tended: %s", error)
 
     async def op_log_compact(self, older_than: float | None = None) -> Answer:
         """Gives room back; with `older_than` (seconds) trajectories in which nothing was done for so long go first."""
