@@ -8,16 +8,17 @@ from typing import Any
 _HOME = {
     "Sandbox": "dsec.sandbox",
     "AsyncSandbox": "dsec.sandbox",
-    "CommandResult": "dsec.types",
-    "EntryInfo": "dsec.types",
-    "SandboxInfo": "dsec.types",
-    "Spec": "dsec.types",
     "register": "dsec.substrates.function",
 }
 _ERRORS = (
     "DsecError NotFound Timeout Capacity Preempted Diverged OutcomeUnknown StateLost SubstrateUnavailable "
     "CommandFailed Fenced Forbidden QuotaExceeded ImageError InvalidRequest SandboxFailed"
 ).split()
+_RECORDS = (
+    "CommandInfo CommandResult EntryInfo FilesystemEvent PtySize SandboxInfo SandboxQuery SnapshotInfo Spec "
+    "Stats WriteInfo"
+).split()
+_HOME |= dict.fromkeys(_RECORDS, "dsec.types")
 _HOME |= dict.fromkeys(_ERRORS, "dsec.errors")
 
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the names are data, so that importing the package stays cheap

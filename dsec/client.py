@@ -10,13 +10,16 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from dsec.errors import DsecError, SandboxFailed, from_wire
 from dsec.guest.build import home as default_home
@@ -145,6 +148,20 @@ class EmbeddedTransport:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], Transport]] = WeakKeyDictionary()
+
+
+def default_transport() -> Transport:
+    """The API server that DSEC_URL names (key in DSEC_API_KEY), else this host's Edge in DSEC_HOME."""
+    url = os.environ.get("DSEC_URL", "")
+    where = (url, os.environ.get("DSEC_API_KEY", "")) if url else ("", str(default_home()))
+    shared = _shared.setdefault(asyncio.get_running_loop(), {})
+    if where not in shared:
+        remote = import_module("dsec.api.client")  # the API server's room
+        shared[where] = remote.RemoteTransport(*where) if url else EmbeddedTransport(Path(where[1]))
+    return shared[where]
 
 
 def _answer(message: tuple[dict[str, Any], bytes] | DsecError) -> tuple[dict[str, Any], bytes]:

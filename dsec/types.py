@@ -6,6 +6,7 @@ Units: seconds, MiB, cores. Times of day are seconds since 1970.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
 from dsec.errors import InvalidRequest
@@ -137,6 +138,8 @@ class Capabilities(Record):
     persistent_fs: bool = True
     """Files stay from one command to the next."""
     network: bool = False
+    snapshots: bool = True
+    """Can be captured, at once, on schedule and before a preemption: its files, with fork_memory its memory too."""
     tty: bool = True
     limits: str = "cgroup"
     """How limits are enforced: "cgroup" (the whole sandbox), "rlimit" (each process), "machine" (a VM's own size)."""
@@ -164,6 +167,106 @@ class SandboxInfo(Record):
     files "alive" (all), "behind" (a snapshot: later idempotent steps run again) or "lost". "snapshot_failed": why the
     last one on schedule is missing."""
 
+    @property
+    def sandbox_id(self) -> str:
+        return self.id
+
+    @property
+    def template_id(self) -> str:
+        """E2B's word for the image."""
+        return self.image
+
+    @property
+    def started_at(self) -> datetime:
+        return datetime.fromtimestamp(self.created, UTC)
+
+    @property
+    def end_at(self) -> datetime:
+        return datetime.fromtimestamp(min(self.deadline, 4e9), UTC)
+
+
+def page(found: list[SandboxInfo], limit: int | None, token: str | None) -> dict[str, Any]:
+    """Some of the sandboxes, oldest first: at most `limit`, those after `token`, which says where a page ended."""
+    found = sorted(found, key=lambda each: (each.created, each.id))
+    if token is not None:
+        when, _, name = str(token).partition(":")
+        try:
+            end = float(when), name
+        except ValueError:
+            raise InvalidRequest(f"{token!r:.100} is no token of an earlier page") from None
+        found = [each for each in found if (each.created, each.id) > end]
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise InvalidRequest(f"limit is a positive number, not {limit!r}")
+    rest, found = found[limit:] if limit else [], found[:limit] if limit else found
+    last = f"{found[-1].created!r}:{found[-1].id}" if rest else None
+    return {"sandboxes": [each.as_dict() for each in found], "next_token": last}
+
+
+@dataclass(frozen=True)
+class CommandInfo(Record):
+    """A command of a sandbox: one that runs, or a finished one whose result is still kept."""
+
+    id: int
+    command: str
+    started: float
+    step: int = 0
+    exit_code: int | None = None
+    """None while it runs."""
+
+    @property
+    def pid(self) -> int:
+        """E2B's word for `id`: it names the command to us, and is no process id."""
+        return self.id
+
+    @property
+    def cmd(self) -> str:
+        return self.command
+
+    def __getitem__(self, name: str) -> Any:
+        return self.as_dict()[name]
+
+
+@dataclass(frozen=True)
+class SnapshotInfo(Record):
+    """A snapshot: `Sandbox.create(template=snapshot_id)` starts from it."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True)
+class SandboxQuery:
+    """Which sandboxes `list` is to find: those with these entries of metadata, in one of these states."""
+
+    metadata: dict[str, str] | None = None
+    state: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class PtySize:
+    """A terminal's size."""
+
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
+class WriteInfo(Record):
+    """What was written."""
+
+    name: str
+    path: str
+    type: str = "file"
+
+
+@dataclass(frozen=True)
+class FilesystemEvent(Record):
+    """What happened to a file below a watched folder."""
+
+    name: str
+    """Relative to the folder."""
+    type: Literal["create", "remove", "rename", "write", "chmod"]
+    """A file moved away is "rename", one moved here "create"."""
+
 
 @dataclass(frozen=True)
 class EntryInfo(Record):
@@ -177,6 +280,11 @@ class EntryInfo(Record):
     mtime: float
     uid: int = 0
     gid: int = 0
+
+    @property
+    def permissions(self) -> str:
+        """ "rwxr-xr-x"."""
+        return "".join(letter if self.mode >> (8 - n) & 1 else "-" for n, letter in enumerate("rwxrwxrwx"))
 
 
 @dataclass(frozen=True)

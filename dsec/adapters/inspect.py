@@ -40,8 +40,10 @@ def spec_of(config: Any) -> dict[str, Any]:
 class DsecSandboxEnvironment(SandboxEnvironment):
     """One sandbox of a sample."""
 
-    def __init__(self, box: AsyncSandbox, folder: str = "/root") -> None:
-        self.box, self._folder = box, folder
+    def __init__(self, box: AsyncSandbox, user: str = "root") -> None:
+        """``user``: whom commands run as and whose permissions count for files; relative paths start at root's home, or
+        for others at /tmp, as the image `host` has no home that is theirs."""
+        self.box, self._user, self._folder = box, user, "/root" if user == "root" else "/tmp"
 
     @classmethod
     def config_files(cls) -> list[str]:
@@ -52,8 +54,8 @@ class DsecSandboxEnvironment(SandboxEnvironment):
         cls, task_name: str, config: SandboxEnvironmentConfigType | None, metadata: dict[str, str]
     ) -> dict[str, SandboxEnvironment]:
         labels = {"inspect.task": task_name}
-        box = await AsyncSandbox.create(**spec_of(config) | {"metadata": labels})
-        return {"default": cls(box)}
+        spec = spec_of(config) | {"metadata": labels}
+        return {"default": cls(await AsyncSandbox.create(**spec), spec.get("user", "root"))}
 
     @classmethod
     async def sample_cleanup(
@@ -118,12 +120,12 @@ class DsecSandboxEnvironment(SandboxEnvironment):
     async def write_file(self, file: str, contents: str | bytes) -> None:
         path = self._path(file)
         with os_errors(path):
-            await self.box.files.write(path, contents)
+            await self.box.files.write(path, contents, user=self._user)
 
     async def read_file(self, file: str, text: bool = True) -> Any:
         path, limit = self._path(file), SandboxEnvironmentLimits.MAX_READ_FILE_SIZE
         with os_errors(path):
-            if (await self.box.files.get_info(path)).size > limit:
+            if (await self.box.files.get_info(path, user=self._user)).size > limit:
                 raise OutputLimitExceededError(SandboxEnvironmentLimits.MAX_READ_FILE_SIZE_STR, None)
-            data: bytes = await self.box.files.read(path, format="bytes")
+            data: bytes = await self.box.files.read(path, format="bytes", user=self._user)
         return data.decode() if text else data

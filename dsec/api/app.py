@@ -15,8 +15,10 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
+from dsec.api.e2b import parts_of
 from dsec.api.e2b import router as e2b
 from dsec.api.metrics import metrics
+from dsec.api.ports import Ports
 from dsec.api.service import Service, new_key
 from dsec.api.wire import Wire, token_of
 from dsec.cluster.store import Key, Project
@@ -44,13 +46,18 @@ Admin = Annotated[Key, Depends(admin)]
 Body = dict[str, Any]
 
 
-def make_app(service: Service) -> FastAPI:
-    """The ASGI application around ``service``, which it starts and closes."""
+def make_app(service: Service, ports: Ports | None = None) -> FastAPI:
+    """The ASGI application around ``service`` and what forwards ports, if given; it starts and closes both."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        if ports is not None:
+            await ports.start()
+            service.ports = ports
         yield
+        if ports is not None:
+            await ports.close()
         await service.close()
 
     app = FastAPI(title="DSec", docs_url="/docs", redoc_url=None, lifespan=life)
@@ -114,6 +121,22 @@ def make_app(service: Service) -> FastAPI:
     async def write(id: str, path: str, request: Request, user: User, mode: int = 0o644) -> Any:
         args = {"id": id, "path": path, "mode": mode}
         return (await service.call(user.project, "files.write", args, await request.body()))[0]
+
+    @app.get("/v1/signed/{id}")
+    async def signed_read(id: str, path: str, mac: str, until: str = "") -> Response:
+        """A file, for whoever has the URL (`files.download_url`)."""
+        data = await service.signed("GET", id, path, until, mac)
+        return Response(data, media_type="application/octet-stream", headers={"content-disposition": "attachment"})
+
+    @app.put("/v1/signed/{id}")
+    @app.post("/v1/signed/{id}")
+    async def signed_write(id: str, path: str, mac: str, request: Request, until: str = "") -> Any:
+        """The same the other way (`files.upload_url`): the bytes as the body, or as a form's one file."""
+        (_, data), *more = parts_of(request.headers.get("content-type", ""), await request.body())
+        if more:
+            raise InvalidRequest(f"a form of {len(more) + 1} files; the URL is one file's")
+        await service.signed("PUT", id, path, until, mac, data)
+        return {"path": path, "size": len(data)}
 
     @app.post("/v1/sandboxes/{id}/{op}")
     async def verb(id: str, op: str, user: User, body: Body | None = None) -> Any:

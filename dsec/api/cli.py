@@ -49,6 +49,8 @@ def serve(
     store: Annotated[str, typer.Option(help="sqlite:PATH or postgresql://...; default: in the state folder")] = "",
     edge: Annotated[bool, typer.Option(help="also start this host's Edge unless one runs")] = True,
     home: Annotated[Path | None, typer.Option(help="state folder; default DSEC_HOME")] = None,
+    ports: Annotated[int, typer.Option(help="port that leads to ports of sandboxes; 0 takes a free one, -1 none")] = 0,
+    domain: Annotated[str, typer.Option(help="NAME[:PORT] below which every name leads there (wildcard DNS)")] = "",
 ) -> None:
     """Serves sandboxes over HTTP: the SDK (DSEC_URL, DSEC_API_KEY), curl, and the fleet page at /.
 
@@ -61,6 +63,7 @@ def serve(
     import uvicorn
 
     from dsec.api.app import make_app
+    from dsec.api.ports import Ports
     from dsec.api.service import Service, new_key
     from dsec.cluster.store import Project, open_store
     from dsec.guest.build import home as default_home
@@ -77,7 +80,7 @@ def serve(
     service = Service(opened, os.environ.get("DSEC_TOKEN", ""))
     typer.echo(f"fleet page and API on http://{host}:{port}")
     uvicorn.run(
-        make_app(service),
+        make_app(service, Ports(service, host, ports, domain) if ports >= 0 else None),
         host=host,
         port=port,
         log_level="warning",

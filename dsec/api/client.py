@@ -36,7 +36,12 @@ class RemoteTransport:
             raise self._lost(error) from error
         if answer.status != 200:
             raise self._error(answer.status, body)
-        return decode(body)
+        found, out = decode(body)
+        if op == "get_host" and str(found.get("host")).startswith(":"):  # a port of the server itself
+            found["host"] = self._client.host + found["host"]
+        if op == "files.url":
+            found["url"] = self._client.url + found["url"]
+        return found, out
 
     async def stream(self, op: str, args: dict[str, Any]) -> AsyncIterator[Event]:
         try:

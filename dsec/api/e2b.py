@@ -3,7 +3,8 @@
     E2B_API_URL=http://SERVER/e2b  E2B_SANDBOX_URL=http://SERVER/e2b  E2B_API_KEY=<our key>
 
 A template names an image ("base" is `host`). Commands speak Connect's JSON form: unary calls are plain JSON, streams
-are envelopes of one flag byte, u32 length (big-endian), JSON. Not there: watching folders, metrics, templates.
+are envelopes of one flag byte, u32 length (big-endian), JSON. Not there: templates, volumes, logs, changing
+the network, and the watchers that are polled (E2B's synchronous watch_dir).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import email.parser
 import email.policy
 import json
 import struct
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from math import ceil
 from typing import Annotated, Any
+from urllib.parse import parse_qsl, unquote
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,6 +27,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from dsec.api.service import Service
 from dsec.cluster.store import Key
 from dsec.errors import DsecError, Forbidden, InvalidRequest, NotFound, Timeout
+from dsec.parts import EVENTS
 from dsec.types import EntryInfo, Spec
 
 VERSION = "0.5.7"
@@ -54,7 +59,14 @@ def serve(request: Request) -> Service:
 Serve = Annotated[Service, Depends(serve)]
 
 
-def shown(info: Json, token: str = "") -> Json:
+def outside(service: Service | None, id: str) -> Json:
+    """How its ports are reached: PORT-ID.DOMAIN, with the token as a header."""
+    if service is None or service.ports is None or not service.ports.domain:
+        return {}
+    return {"domain": service.ports.domain, "trafficAccessToken": service.ticket(id)}
+
+
+def shown(info: Json, token: str = "", service: Service | None = None) -> Json:
     """Our record in E2B's words."""
     times = {
         name: datetime.fromtimestamp(min(info[key], 4e9), UTC).isoformat()
@@ -64,7 +76,7 @@ def shown(info: Json, token: str = "") -> Json:
         "sandboxID": info["id"], "templateID": info["image"], "alias": info["image"], "clientID": info["host"],
         "envdVersion": VERSION, "state": "paused" if info["state"] == "paused" else "running", "cpuCount": 1,
         "memoryMB": 1024, "diskSizeMB": 512, "metadata": info["metadata"], **times,
-        **({"envdAccessToken": token} if token else {}),
+        **({"envdAccessToken": token} if token else {}), **outside(service, info["id"]),
     }  # fmt: skip
 
 
@@ -73,28 +85,70 @@ def shown(info: Json, token: str = "") -> Json:
 async def create(body: Json, request: Request, key: User, service: Serve) -> Json:
     template = str(body.get("templateID") or "base")
     network = body.get("network") or {}
+    image = "host" if template == "base" else template
     spec = Spec(
-        image="host" if template == "base" else template,
+        image=f"snapshot:{image}" if image.startswith("snap-") else image,
         timeout=float(body.get("timeout") or 300),
         env=body.get("envVars") or {},
         metadata=body.get("metadata") or {},
         # E2B's clients say allow_internet_access=True when nobody asked; here only what is listed is opened
-        network={"allow_out": network.get("allowOut"), "deny_out": ["0.0.0.0/0"]},  # type: ignore[arg-type]
+        network={  # type: ignore[arg-type]
+            "allow_out": network.get("allowOut"),
+            "deny_out": ["0.0.0.0/0"],
+            "allow_in": ["*"] if service.ports is not None else [],  # as there; the token of its traffic is needed
+        },
     )
     info = await service.create(key.project, spec)
-    return shown(info.as_dict(), request.headers["x-api-key"])
+    return shown(info.as_dict(), request.headers["x-api-key"], service)
 
 
 @router.get("/sandboxes")
 @router.get("/v2/sandboxes")
-async def listing(key: User, service: Serve) -> list[Json]:
-    return [shown(info) for info in await service.listing(key.project, None, None)]
+async def listing(
+    request: Request, response: Response, key: User, service: Serve, metadata: str = "", limit: int | None = None,
+    nextToken: str | None = None,
+) -> list[Json]:  # fmt: skip
+    wanted = {unquote(name): unquote(value) for name, value in parse_qsl(metadata)}
+    states = [state for given in request.query_params.getlist("state") for state in given.split(",")] or None
+    asked = {"metadata": wanted, "state": states, "limit": limit, "next_token": nextToken}
+    found, _ = await service.call(key.project, "list", asked)
+    if found["next_token"]:
+        response.headers["x-next-token"] = found["next_token"]
+    return [shown(info) for info in found["sandboxes"]]
 
 
 @router.get("/sandboxes/{id}")
 async def info(id: str, request: Request, key: User, service: Serve) -> Json:
     found, _ = await service.call(key.project, "info", {"id": id})
-    return shown(found, request.headers["x-api-key"])
+    return shown(found, request.headers["x-api-key"], service)
+
+
+@router.get("/sandboxes/{id}/metrics")
+async def metrics(id: str, key: User, service: Serve) -> list[Json]:
+    """What it uses now: there is no history. cpuUsedPct is the mean since it was made."""
+    found, _ = await service.call(key.project, "metrics", {"id": id})
+    row = await service.row(key.project, id)
+    now = time.time()
+    spec = Spec.from_dict(dict(row.spec))
+    return [{
+        "timestamp": datetime.fromtimestamp(now, UTC).isoformat(), "timestampUnix": int(now),
+        "cpuCount": ceil(spec.cpu),
+        "cpuUsedPct": round(100 * found["cpu_seconds"] / max(now - row.created, 1e-3), 2),
+        "memUsed": found["memory_bytes"], "memTotal": spec.memory << 20, "memCache": 0,
+        "diskUsed": found["disk_bytes"], "diskTotal": spec.disk << 20,
+    }]  # fmt: skip
+
+
+@router.post("/sandboxes/{id}/snapshots", status_code=201)
+async def snapshot(id: str, key: User, service: Serve) -> Json:
+    found, _ = await service.call(key.project, "snapshot", {"id": id})
+    return {"snapshotID": found["snapshot"], "names": []}
+
+
+@router.delete("/templates/{name}", status_code=204)
+async def drop_snapshot(name: str, key: User, service: Serve) -> None:
+    """Snapshots only: images are the operator's."""
+    await service.delete_snapshot(key.project, name)
 
 
 @router.delete("/sandboxes/{id}", status_code=204)
@@ -108,8 +162,14 @@ async def set_timeout(id: str, body: Json, key: User, service: Serve) -> None:
 
 
 @router.post("/sandboxes/{id}/pause", status_code=204)
-async def pause(id: str, key: User, service: Serve) -> None:
-    await service.call(key.project, "pause", {"id": id})
+async def pause(id: str, key: User, service: Serve) -> Response:
+    try:
+        await service.call(key.project, "pause", {"id": id})
+    except InvalidRequest as error:
+        if not error.fields.get("paused"):
+            raise
+        return JSONResponse({"code": 409, "message": error.message}, 409)
+    return Response(status_code=204)
 
 
 @router.post("/sandboxes/{id}/connect")
@@ -119,7 +179,7 @@ async def connect(id: str, request: Request, key: User, service: Serve) -> Json:
     """Resumes it if it was paused; a time given by E2B's client moves the deadline, as it does there."""
     body = json.loads(await request.body() or b"{}")
     found, _ = await service.call(key.project, "connect", {"id": id, "timeout": body.get("timeout")})
-    return shown(found, request.headers["x-api-key"])
+    return shown(found, request.headers["x-api-key"], service)
 
 
 # Inside the sandbox
@@ -139,7 +199,10 @@ def username(request: Request) -> str | None:
     given = request.headers.get("authorization", "")
     if not given.startswith("Basic "):
         return None
-    name = base64.b64decode(given[6:]).decode().partition(":")[0]
+    return whom(base64.b64decode(given[6:]).decode().partition(":")[0])
+
+
+def whom(name: str | None) -> str | None:
     return None if name in ("", "user") else name
 
 
@@ -156,32 +219,72 @@ def entry(found: Json) -> Json:
 
 
 @router.get("/files")
-async def read(path: str, request: Request, key: User, service: Serve) -> Response:
-    _, data = await service.call(key.project, "files.read", {"id": sandbox_of(request), "path": rooted(path)})
+async def read(path: str, request: Request, key: User, service: Serve, username: str | None = None) -> Response:
+    args = {"id": sandbox_of(request), "path": rooted(path), "user": whom(username)}
+    _, data = await service.call(key.project, "files.read", args)
     return Response(data, media_type="application/octet-stream")
 
 
 @router.post("/files")
-async def write(request: Request, key: User, service: Serve, path: str = "") -> list[Json]:
+async def write(request: Request, key: User, service: Serve, path: str = "", username: str | None = None) -> list[Json]:
     """One file as the body, or several as a form."""
-    kind, body = request.headers.get("content-type", ""), await request.body()
-    files = [(path, body)]
-    if kind.startswith("multipart/"):
-        parser = email.parser.BytesParser(policy=email.policy.HTTP)
-        parts = parser.parsebytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + body).iter_parts()
-        files = [(path or str(part.get_filename()), bytes(part.get_payload(decode=True))) for part in parts]
+    found = parts_of(request.headers.get("content-type", ""), await request.body())
+    files = [(path or name, data) for name, data in found]
     for name, data in files:
-        await service.call(key.project, "files.write", {"id": sandbox_of(request), "path": rooted(name)}, data)
+        args = {"id": sandbox_of(request), "path": rooted(name), "user": whom(username)}
+        await service.call(key.project, "files.write", args, data)
     return [{"name": name.rpartition("/")[2], "path": rooted(name), "type": "file"} for name, _ in files]
+
+
+def parts_of(kind: str, body: bytes) -> list[tuple[str, bytes]]:
+    """Names and bytes of a form's files; a body that is no form is one without a name. Raises InvalidRequest."""
+    if not kind.startswith("multipart/"):
+        return [("", body)]
+    parser = email.parser.BytesParser(policy=email.policy.HTTP)
+    parts = parser.parsebytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + body)
+    found = [(str(part.get_filename()), bytes(part.get_payload(decode=True))) for part in parts.iter_parts()]
+    if not found:
+        raise InvalidRequest("a form without files")
+    return found
 
 
 def rooted(path: str) -> str:
     return path if path.startswith("/") else f"/root/{path}"
 
 
+@router.post("/filesystem.Filesystem/WatchDir")
+async def watch_dir(request: Request, key: User, service: Serve) -> Response:
+    body, limit = json.loads((await request.body())[5:] or b"{}"), request.headers.get("connect-timeout-ms")
+    args = {
+        "id": sandbox_of(request), "path": rooted(str(body.get("path", ""))), "recursive": bool(body.get("recursive")),
+        "user": username(request), "timeout": int(limit) / 1000 if limit and int(limit) else None,
+    }  # fmt: skip
+    return StreamingResponse(changes(service, key.project, args), media_type="application/connect+json")
+
+
+async def changes(service: Service, project: str, args: Json) -> AsyncIterator[bytes]:
+    """What changes in a folder, as envelopes, until the client goes."""
+    number, rest = None, b""
+    follow = {"id": args["id"]}
+    try:
+        number = (await service.call(project, "files.watch", args))[0]["command"]
+        yield envelope({"start": {}})
+        async for kind, data in service.stream(project, "commands.connect", follow | {"command": number}):
+            *lines, rest = (rest + data).split(b"\0") if kind == "stdout" else [rest]
+            for line in lines:
+                name = line[2:].decode("utf-8", "replace")
+                yield envelope({"filesystem": {"name": name, "type": f"EVENT_TYPE_{EVENTS[chr(line[0])].upper()}"}})
+        yield envelope({}, last=True)
+    except DsecError as error:
+        yield envelope({"error": wrong(error)}, last=True)
+    finally:
+        if number is not None:  # not awaited: the client may have gone, and this task with it
+            service.aside(service.call(project, "commands.kill", follow | {"command": number}))
+
+
 @router.post("/filesystem.Filesystem/{method}")
 async def filesystem(method: str, body: Json, request: Request, key: User, service: Serve) -> Response:
-    box = {"id": sandbox_of(request)}
+    box = {"id": sandbox_of(request), "user": username(request)}
 
     async def call(op: str, **args: Any) -> Json:
         return (await service.call(key.project, op, {**box, **args}))[0]
@@ -194,8 +297,8 @@ async def filesystem(method: str, body: Json, request: Request, key: User, servi
         elif method == "Remove":
             await call("files.remove", path=path)
         elif method in ("Stat", "MakeDir", "Move"):
-            if method == "MakeDir":
-                await call("files.make_dir", path=path)
+            if method == "MakeDir" and not (await call("files.make_dir", path=path))["made"]:
+                return JSONResponse({"code": "already_exists", "message": path}, 409)
             if method == "Move":
                 source, path = rooted(str(body["source"])), rooted(str(body["destination"]))
                 await call("files.rename", path=source, to=path)

@@ -62,8 +62,8 @@ class HttpClient:
         self.url, self._path = url, parts.path.rstrip("/")
         self._where = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        given = {"host": host if parts.port is None else f"{host}:{parts.port}", **headers}
+        self.host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        given = {"host": self.host if parts.port is None else f"{self.host}:{parts.port}", **headers}
         if any(char in name + value for name, value in given.items() for char in "\r\n\0"):
             raise ValueError("a header holds a line break")
         self._head = "".join(f"{name}: {value}\r\n" for name, value in given.items())

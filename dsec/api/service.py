@@ -6,7 +6,9 @@ Nothing here outlives a crash but in the store. Bytes of commands and files pass
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import hmac
 import json
 import secrets
 import time
@@ -15,18 +17,29 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 from dsec.cluster.clock import RealClock
 from dsec.cluster.control import Control, Order, Reservation
 from dsec.cluster.errors import StoreUnavailable
 from dsec.cluster.leases import Terms
-from dsec.cluster.link import Link, Unreachable
+from dsec.cluster.link import Ends, Link, Unreachable
 from dsec.cluster.node import LABEL, budget_of
 from dsec.cluster.placement import Refusal
 from dsec.cluster.store import Key, Project, Row, Store
 from dsec.cluster.watcher import Watcher
-from dsec.errors import Capacity, DsecError, Forbidden, InvalidRequest, NotFound, Preempted, SandboxFailed, StateLost
-from dsec.types import SandboxInfo, Spec
+from dsec.errors import (
+    Capacity,
+    DsecError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    Preempted,
+    SandboxFailed,
+    StateLost,
+    SubstrateUnavailable,
+)
+from dsec.types import SandboxInfo, Spec, page
 
 T = TypeVar("T")
 Answer = tuple[dict[str, Any], bytes]
@@ -35,9 +48,9 @@ NOTICE = 10.0
 HOT = 2.0
 """Seconds for which a server believes what it read of a key or a sandbox."""
 EDGE_OPS = frozenset(
-    "connect info kill set_timeout pause resume metrics snapshot log_snapshot fork call commands.run commands.start"
-    " commands.list commands.kill commands.send_stdin commands.resize files.read files.write files.list files.get_info"
-    " files.remove files.rename files.make_dir".split()
+    "connect info kill get_host set_timeout pause resume metrics snapshot log_snapshot fork call commands.run"
+    " commands.start commands.list commands.kill commands.send_stdin commands.resize files.read files.write files.list"
+    " files.get_info files.remove files.rename files.make_dir files.watch".split()
 )
 STREAMS = frozenset({"commands.run", "commands.connect"})
 NOWHERE = 1e18
@@ -82,7 +95,9 @@ class Service:
         self.watcher = Watcher(store, RealClock(), terms or Terms())
         self.started = self.refused = self.exec = 0
         self.latencies: list[float] = []
-        self._token = token
+        self.ports: Any = None
+        """What forwards ports of sandboxes, if this server does (dsec.api.ports)."""
+        self._token, self._secret = token, ""
         self._thread = ThreadPoolExecutor(1, "dsec-control")  # `Control` is not for two threads at once
         self._readers = ThreadPoolExecutor(4, "dsec-store")
         self._links: dict[str, Link] = {}
@@ -90,6 +105,7 @@ class Service:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
+        self._secret = await self._read(self.store.secret, "ports")
         await self._control(self.control.refresh)
         for work, seconds in ((self._refresh, 1.0), (self._pump, 0.05), (self._watch, 1.0)):
             self._spawn(self._often(work, seconds))
@@ -211,6 +227,10 @@ class Service:
             args = {"id": row.id, "reason": "preempted", "notice": NOTICE}
             self._spawn(self._quietly(self._link(row.edge).call("cluster.stop", args)))
 
+    def aside(self, work: Any) -> None:
+        """Does it without anybody waiting."""
+        self._spawn(self._quietly(work))
+
     async def _quietly(self, work: Any) -> None:
         """For what the Edge finds out by itself if it does not hear of it now."""
         try:
@@ -269,15 +289,16 @@ class Service:
             self._links[known.address] = Link(known.address, self._token)
         return self._links[known.address]
 
-    async def row(self, project: str, id: str) -> Row:
-        """Raises NotFound, also for another project's id; Preempted or SandboxFailed for one that ended so."""
+    async def row(self, project: str | None, id: str) -> Row:
+        """Raises NotFound, also for another project's id (None: whosesoever it is); Preempted or SandboxFailed for one
+        that ended so."""
         row: Row | None = self._rows.fresh(id)
         if row is None:
             row = await self._read(self.store.get, project, id)
             if row is None:
                 raise NotFound(f"no sandbox {id!r}")
             self._rows.put(id, row)
-        if row.project != project:
+        if project is not None and row.project != project:
             raise NotFound(f"no sandbox {id!r}")
         if row.ended is not None:
             raise gone(row)
@@ -289,14 +310,23 @@ class Service:
             spec = args["spec"] if isinstance(args.get("spec"), dict) else {}
             return (await self.create(project, Spec.from_dict(spec))).as_dict(), b""
         if op == "list":
-            return {"sandboxes": await self.listing(project, args.get("metadata"), args.get("state"))}, b""
+            found = await self.listing(project, args.get("metadata"), args.get("state"))
+            return page([SandboxInfo(**each) for each in found], args.get("limit"), args.get("next_token")), b""
+        if op == "list_snapshots":
+            return {"snapshots": await self._read(self.store.snapshots, project)}, b""
+        if op == "delete_snapshot":
+            return await self.delete_snapshot(project, str(args.get("snapshot"))), b""
         if op not in EDGE_OPS or not isinstance(args.get("id"), str):
             raise NotFound(f"no operation {op!r} of a sandbox")
         row = await self.row(project, args["id"])
         if op == "fork":
-            return {"forks": await self.fork(project, row, args.get("count", 1))}, b""
+            return {"forks": await self.fork(project, row, args.get("count", 1), args.get("timeout"))}, b""
         if op == "kill":
             return await self.kill(row), b""
+        if op == "files.url":
+            return {"url": self.url(row, args)}, b""
+        if op == "get_host":
+            return {"host": await self.host(row, args.get("port"))}, b""
         if op == "commands.run":
             self.exec += 1
         try:
@@ -321,6 +351,60 @@ class Service:
         async for event in self._link(row.edge).stream(op, args):
             yield event
 
+    # Ports
+
+    def ticket(self, id: str) -> str:
+        """The token with which anybody may reach the open ports of a sandbox: 120 bits as 24 letters and digits."""
+        mac = hmac.digest(self._secret.encode(), id.encode(), "sha256")
+        return base64.b32encode(mac[:15]).decode().lower()
+
+    def is_ticket(self, id: str, token: str) -> bool:
+        return hmac.compare_digest(self.ticket(id).encode(), token.encode())
+
+    # URLs that need no key
+
+    def url(self, row: Row, args: dict[str, Any]) -> str:
+        """The path below this server with which anybody may read (method GET) or write (PUT) one file."""
+        path, method, seconds = args.get("path"), args.get("method", "GET"), args.get("expires")
+        if not isinstance(path, str) or method not in ("GET", "PUT"):
+            raise InvalidRequest(f"a URL is to GET or to PUT a path, not to {method!r} {path!r}")
+        if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < 2**31):
+            raise InvalidRequest(f"expires is a number of seconds, not {seconds!r}")
+        until = str(round(time.time() + seconds)) if seconds else ""
+        query = urlencode({"path": path, "until": until, "mac": self._mac(method, row.id, until, path)})
+        return f"/v1/signed/{row.id}?{query}"
+
+    def _mac(self, *words: str) -> str:
+        return hmac.digest(self._secret.encode(), "\n".join(words).encode(), "sha256").hex()
+
+    async def signed(self, method: str, id: str, path: str, until: str, mac: str, data: bytes = b"") -> bytes:
+        """What such a URL does. Raises Forbidden for one that was not made by `url`, or is too old."""
+        if not hmac.compare_digest(self._mac(method, id, until, path).encode(), mac.encode()):
+            raise Forbidden("this URL was not made here for that")
+        if until and time.time() > float(until):
+            raise Forbidden("this URL is too old")
+        row = await self.row(None, id)
+        op = "files.read" if method == "GET" else "files.write"
+        return (await self.call(row.project, op, {"id": id, "path": path}, data))[1]
+
+    async def host(self, row: Row, port: Any) -> str:
+        """Where a port of the sandbox is reached. Forbidden unless its policy opens it."""
+        if self.ports is None:
+            text = "this API server forwards no ports"
+            raise SubstrateUnavailable(text, reason=text, fix="dsec serve with --ports 0 or more")
+        if not isinstance(port, int) or isinstance(port, bool):
+            raise InvalidRequest(f"a port is a number, not {port!r}")
+        await self._link(row.edge).call("check_port", {"id": row.id, "port": port})
+        return str(self.ports.address(row.id, port))
+
+    async def tunnel(self, row: Row, port: int) -> Ends:
+        """A connection to a port of the sandbox, over its Edge."""
+        try:
+            return await self._link(row.edge).tunnel(row.id, port)
+        except NotFound:
+            self._rows.pop(row.id, None)
+            raise
+
     async def kill(self, row: Row) -> dict[str, Any]:
         """At once if its Edge answers; otherwise it is marked, and the Edge's next look ends it."""
         self._rows.pop(row.id, None)
@@ -332,7 +416,16 @@ class Service:
             self._thread.submit(self.control.ended, row)
         return answer
 
-    async def fork(self, project: str, row: Row, count: int) -> list[dict[str, Any]]:
+    async def delete_snapshot(self, project: str, name: str) -> dict[str, Any]:
+        """Raises NotFound, also for another project's."""
+        edge = await self._read(self.store.snapshot, name, project)
+        if edge is None:
+            raise NotFound(f"no snapshot {name!r}")
+        await self._link(edge).call("delete_snapshot", {"snapshot": name})
+        await self._read(self.store.drop_snapshot, name)
+        return {}
+
+    async def fork(self, project: str, row: Row, count: int, timeout: float | None = None) -> list[dict[str, Any]]:
         """Copies with the files of now, on the same Edge, each with a place and a quota of its own."""
         if not isinstance(count, int) or not 1 <= count <= 1000:
             raise InvalidRequest(f"count is 1 to 1000, not {count!r}")
@@ -340,6 +433,7 @@ class Service:
         name = (await link.call("snapshot", {"id": row.id}))[0]["snapshot"]
         await self._read(self.store.put_snapshot, name, project, row.edge)
         spec = Spec.from_dict(dict(row.spec)).but(trajectory=None, image=f"snapshot:{name}", idempotency_key=None)
+        spec = spec.but(timeout=timeout or spec.timeout)
         each = (self.create(project, spec, row.priority, row.edge) for _ in range(count))
         made = await asyncio.gather(*each, return_exceptions=True)
         await self._quietly(link.call("delete_snapshot", {"snapshot": name}))
@@ -357,7 +451,7 @@ class Service:
         self, project: str, metadata: dict[str, str] | None, state: list[str] | None
     ) -> list[dict[str, Any]]:
         wanted = (metadata or {}).items()
-        rows = await self._read(self.store.sandboxes, project)
+        rows = await self._read(self.store.sandboxes, project, True, 100_000)
         found = []
         for row in rows:
             spec = Spec.from_dict(dict(row.spec))

@@ -12,6 +12,7 @@ from dsec.edge.server import beside, message, receive
 from dsec.errors import DsecError, from_wire
 
 Item = tuple[dict[str, Any], bytes]
+Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Unreachable(DsecError):
@@ -36,20 +37,39 @@ class Link:
         async with self._lock:
             if self._writer is not None and not self._writer.is_closing():
                 return self._writer
-            kind, _, where = self.address.partition(":")
-            try:
-                async with asyncio.timeout(self._timeout):
-                    if kind == "unix":
-                        reader, writer = await asyncio.open_unix_connection(where, limit=1 << 20)
-                    else:
-                        host, _, port = where.rpartition(":")
-                        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
-                        writer.write(message({"auth": self._token}))
-            except (OSError, TimeoutError) as error:
-                raise Unreachable(f"no Edge answers at {self.address}: {error}") from error
+            reader, writer = await self._dial()
             self._writer = writer
             self._reading = asyncio.create_task(self._read(reader, writer))
             return writer
+
+    async def _dial(self) -> Ends:
+        """A new connection, with the cluster's secret said. Raises Unreachable."""
+        kind, _, where = self.address.partition(":")
+        try:
+            async with asyncio.timeout(self._timeout):
+                if kind == "unix":
+                    return await asyncio.open_unix_connection(where, limit=1 << 20)
+                host, _, port = where.rpartition(":")
+                reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
+                writer.write(message({"auth": self._token}))
+                return reader, writer
+        except (OSError, TimeoutError) as error:
+            raise Unreachable(f"no Edge answers at {self.address}: {error}") from error
+
+    async def tunnel(self, id: str, port: int) -> Ends:
+        """A connection of its own that ends at a port inside a sandbox: bytes both ways, at the reader's pace. Raises
+        what the Edge raises (Forbidden, InvalidRequest when nobody listens), or Unreachable."""
+        reader, writer = await self._dial()
+        try:
+            writer.write(message({"id": 1, "op": "tunnel", "args": {"id": id, "port": port}}))
+            async with asyncio.timeout(self._timeout):
+                self._open(await receive(reader))
+        except BaseException as error:
+            writer.close()
+            if isinstance(error, OSError | EOFError | TimeoutError) and not isinstance(error, DsecError):
+                raise Unreachable(f"the Edge at {self.address} opened no port") from error
+            raise
+        return reader, writer
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

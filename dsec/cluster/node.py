@@ -32,6 +32,7 @@ from dsec.edge.edge import Edge
 from dsec.edge.server import Server, receive
 from dsec.errors import DsecError, Forbidden, NotFound
 from dsec.guest.build import home as default_home
+from dsec.guest.streams import Stream
 from dsec.types import SandboxInfo, Spec
 
 LABEL = "dsec.id"
@@ -192,6 +193,11 @@ class Node:
         async for event in self.edge.stream(op, self._inward(args)):
             self.member.lease.check()
             yield event
+
+    async def tunnel(self, id: str, port: int) -> Stream:
+        """A connection to a port of the sandbox; it ends with the sandbox, as that does with the lease."""
+        self.member.lease.check()
+        return await self.edge.tunnel(self._inward({"id": id})["id"], port)
 
     def _inward(self, args: dict[str, Any]) -> dict[str, Any]:
         if "id" not in args:

@@ -11,6 +11,7 @@ The store trusts no clock: the watcher judges leases by its own (`dsec.cluster.w
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -101,6 +102,7 @@ create table if not exists requests (project text not null, key text not null, d
 create index if not exists requests_of on requests (project, sandbox);
 create index if not exists requests_by_age on requests (created);
 create table if not exists snapshots (id text primary key, project text not null, edge text not null);
+create table if not exists secrets (name text primary key, value text not null);
 create table if not exists servers (id text primary key, seq bigint not null, waiting text not null);
 create unique index if not exists one_live_run on sandboxes (project, run) where ended is null;
 create index if not exists live_of_edge on sandboxes (edge, epoch) where ended is null;
@@ -152,6 +154,12 @@ class Store:
     def drop_key(self, digest: str) -> bool:
         with self._database.transaction(durable=True) as run:
             return bool(run("delete from keys where digest = ? returning digest", (digest,)))
+
+    def secret(self, name: str) -> str:
+        """A random text that all servers of this store share, made by whoever asks first."""
+        with self._database.transaction(durable=True) as run:
+            run("insert into secrets values (?, ?) on conflict do nothing", (name, secrets.token_hex(32)))
+            return str(run("select value from secrets where name = ?", (name,))[0][0])
 
     # Leases: one per Edge
 
@@ -351,6 +359,14 @@ class Store:
             rows = run("select edge from snapshots where id = ? and project = ?", (id, project))
         return str(rows[0][0]) if rows else None
 
+    def snapshots(self, project: str) -> list[str]:
+        with self._database.transaction() as run:
+            return [row[0] for row in run("select id from snapshots where project = ? order by id", (project,))]
+
+    def drop_snapshot(self, id: str) -> None:
+        with self._database.transaction() as run:
+            run("delete from snapshots where id = ?", (id,))
+
     def last_of_run(self, project: str, run_: str) -> Row | None:
         """The youngest sandbox of a run, ended or not."""
         with self._database.transaction() as run:
@@ -375,11 +391,11 @@ class Store:
         with self._database.transaction() as run:
             return self._rows(run, "edge = ? and epoch = ? and ended is null", (edge, epoch), spec=False)
 
-    def get(self, project: str, id: str) -> Row | None:
-        """None also for another project's id: nobody learns that it exists."""
+    def get(self, project: str | None, id: str) -> Row | None:
+        """None also for another project's id: nobody learns that it exists. ``project`` None: whosesoever it is."""
         with self._database.transaction() as run:
-            rows = self._rows(run, "id = ? and project = ?", (id, project))
-        return rows[0] if rows else None
+            rows = self._rows(run, "id = ?", (id,))
+        return rows[0] if rows and project in (None, rows[0].project) else None
 
     def sandboxes(self, project: str | None, live: bool = True, limit: int = 1000, after: float = -1.0) -> list[Row]:
         """Sandboxes by time of creation. ``project`` None: all of them, for an administrator."""

@@ -172,7 +172,7 @@ class Box:
         if self.running is None or self.state in ("failed", "dead"):
             raise NotFound(f"sandbox {self.id} is {self.state}{': ' + self.reason if self.reason else ''}")
         if self.state == "paused":
-            raise InvalidRequest(f"sandbox {self.id} is paused; connect or resume it first")
+            raise InvalidRequest(f"sandbox {self.id} is paused; connect or resume it first", paused=True)
         return self.running
 
     def keep(self, command: Command) -> None:

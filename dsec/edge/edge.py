@@ -33,7 +33,7 @@ from dsec.errors import (
 from dsec.launch.cgroups import abandon
 from dsec.network.gateway import NetworkOperations
 from dsec.substrates import base
-from dsec.types import Record, SandboxInfo, Spec
+from dsec.types import Record, SandboxInfo, Spec, page
 
 MAX_LIVE = 2000
 KEPT_KEYS = 3600.0
@@ -51,6 +51,7 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
         self.snapshots = home / "snapshots"
         self.pool = Pool(self)
         self.log: Any = None
+        self.tended: Any = None
         self._substrates: dict[str, base.Substrate] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keys: dict[str, tuple[float, asyncio.Future[SandboxInfo]]] = {}
@@ -63,6 +64,8 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
             folder.mkdir(exist_ok=True, mode=0o700)
         for scratch in self.snapshots.glob(".*"):  # a capture that was killed
             await asyncio.to_thread(shutil.rmtree, scratch, True)
+        if (self.home / "log").exists():
+            self.tended = self._task(self.tend_log())
         await asyncio.gather(*(self._adopt(folder) for folder in sorted((self.home / "sandboxes").iterdir())))
 
     async def stop(self, destroy: bool = False) -> None:
@@ -296,10 +299,13 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
     async def op_info(self, id: str) -> SandboxInfo:
         return self._box(id).info()
 
-    async def op_list(self, metadata: dict[str, str] | None = None, state: list[str] | None = None) -> Answer:
+    async def op_list(
+        self, metadata: dict[str, str] | None = None, state: list[str] | None = None, limit: int | None = None,
+        next_token: str | None = None,
+    ) -> Answer:  # fmt: skip
         wanted = (metadata or {}).items()
         found = [box.info() for box in self.boxes.values() if wanted <= box.spec.metadata.items()]
-        return {"sandboxes": [info.as_dict() for info in found if info.state in (state or ("running", "paused"))]}
+        return page([info for info in found if info.state in (state or ("running", "paused"))], limit, next_token)
 
     async def op_kill(self, id: str) -> Answer:
         box = self.boxes.get(id)
@@ -379,13 +385,16 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
     async def op_delete_snapshot(self, snapshot: str) -> None:
         await asyncio.to_thread(shutil.rmtree, self._snapshot(snapshot))
 
-    async def op_fork(self, id: str, count: int = 1) -> Answer:
+    async def op_list_snapshots(self) -> Answer:
+        return {"snapshots": sorted(path.name for path in self.snapshots.glob("snap-*"))}
+
+    async def op_fork(self, id: str, count: int = 1, timeout: float | None = None) -> Answer:
         """`count` sandboxes with the files this one has now; each entry is an info or an error."""
         box = self._box(id)
         if not 1 <= count <= 1000:
             raise InvalidRequest(f"count is 1 to 1000, not {count!r}")
         snapshot = (await self.op_snapshot(id))["snapshot"]
-        spec = box.spec.but(trajectory=None, idempotency_key=None)
+        spec = box.spec.but(trajectory=None, idempotency_key=None, timeout=timeout or box.spec.timeout)
         try:
             made = await asyncio.gather(*(self.make(spec, snapshot) for _ in range(count)), return_exceptions=True)
         finally:

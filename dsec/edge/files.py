@@ -4,89 +4,125 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from dsec.edge.box import Box
+from dsec.errors import InvalidRequest, NotFound
+from dsec.guest.protocol import Agent, Owner
 
 Answer = dict[str, Any]
+WATCHED = 64 << 20
+"""Bytes of events of a watch, half of which are told as they come."""
 
 
 class FileOperations(ABC):
-    """The op_files_* methods of an Edge, which gives the two below."""
+    """The op_files_* methods of an Edge, which gives the four below."""
 
     @abstractmethod
     def _box(self, id: str) -> Box: ...
+
+    @abstractmethod
+    async def _options(self, box: Box, user: str | None, env: dict[str, str] | None, cwd: str | None) -> Answer: ...
 
     @abstractmethod
     async def _logged(
         self, box: Box, kind: str, args: dict[str, Any], act: Any, idempotent: bool = False
     ) -> Answer: ...
 
-    async def op_files_read(self, id: str, path: str, offset: int = 0, size: int = 1 << 28) -> bytes:
+    @abstractmethod
+    async def _user(self, box: Box, user: str) -> tuple[int, int, str]: ...
+
+    async def _file(
+        self, id: str, kind: str, act: Callable[[Agent, Owner | None], Awaitable[Answer]], idempotent: bool = False,
+        user: str | None = None, **args: Any,
+    ) -> Answer:  # fmt: skip
+        """An operation through the box's trajectory, with the permissions of `user` (None: root's)."""
         box = self._box(id)
 
-        async def act(step: int) -> Answer:
-            return {"data": await box.alive().agent.read(path, offset, size)}
+        async def work(step: int) -> Answer:
+            owner = (await self._user(box, user))[:2] if user else None
+            return await act(box.alive().agent, owner)
 
-        answer = await self._logged(box, "files.read", {"path": path, "offset": offset, "size": size}, act, True)
-        value = answer["data"]
+        return await self._logged(box, kind, {**args, **({"user": user} if user else {})}, work, idempotent)
+
+    async def op_files_read(
+        self, id: str, path: str, offset: int = 0, size: int = 1 << 28, part: bool = False, user: str | None = None
+    ) -> bytes:
+        """At most `size` bytes: of a longer file only with `part`."""
+
+        async def act(agent: Agent, owner: Owner | None) -> Answer:
+            return {"data": await agent.read(path, offset, size, part, owner)}
+
+        args = {"path": path, "offset": offset, "size": size, **({"part": True} if part else {})}
+        value = (await self._file(id, "files.read", act, True, user, **args))["data"]
         return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
 
     async def op_files_write(
-        self, id: str, path: str, mode: int = 0o644, append: bool = False, data: bytes = b""
+        self, id: str, path: str, mode: int = 0o644, append: bool = False, data: bytes = b"", user: str | None = None
     ) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.write(path, data, mode, append)
+        async def act(agent: Agent, owner: Owner | None) -> Answer:
+            await agent.write(path, data, mode, append, owner=owner)
             return {"size": len(data)}
 
         args = {"path": path, "mode": mode, "append": append, "data": data}
-        return await self._logged(box, "files.write", args, act, idempotent=not append)
+        return await self._file(id, "files.write", act, not append, user, **args)
 
-    async def op_files_list(self, id: str, path: str) -> Answer:
-        box = self._box(id)
+    async def op_files_list(self, id: str, path: str, user: str | None = None) -> Answer:
+        async def act(agent: Agent, owner: Owner | None) -> Answer:
+            return {"entries": [entry.as_dict() for entry in await agent.list(path, owner)]}
 
-        async def act(step: int) -> Answer:
-            return {"entries": [entry.as_dict() for entry in await box.alive().agent.list(path)]}
+        return await self._file(id, "files.list", act, True, user, path=path)
 
-        return await self._logged(box, "files.list", {"path": path}, act, True)
+    async def op_files_get_info(self, id: str, path: str, user: str | None = None) -> Answer:
+        async def act(agent: Agent, owner: Owner | None) -> Answer:
+            return (await agent.stat(path, owner)).as_dict()
 
-    async def op_files_get_info(self, id: str, path: str) -> Answer:
-        box = self._box(id)
+        return await self._file(id, "files.get_info", act, True, user, path=path)
 
-        async def act(step: int) -> Answer:
-            return (await box.alive().agent.stat(path)).as_dict()
-
-        return await self._logged(box, "files.get_info", {"path": path}, act, True)
-
-    async def op_files_remove(self, id: str, path: str) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.remove(path)
+    async def op_files_remove(self, id: str, path: str, user: str | None = None) -> Answer:
+        async def act(agent: Agent, owner: Owner | None) -> Answer:
+            await agent.remove(path, owner)
             return {}
 
-        return await self._logged(box, "files.remove", {"path": path}, act)
+        return await self._file(id, "files.remove", act, False, user, path=path)
 
-    async def op_files_rename(self, id: str, path: str, to: str) -> Answer:
+    async def op_files_rename(self, id: str, path: str, to: str, user: str | None = None) -> Answer:
+        async def act(agent: Agent, owner: Owner | None) -> Answer:
+            await agent.rename(path, to, owner)
+            return {"entry": (await agent.stat(to, owner)).as_dict()}
+
+        return await self._file(id, "files.rename", act, False, user, path=path, to=to)
+
+    async def op_files_make_dir(self, id: str, path: str, user: str | None = None) -> Answer:
+        async def act(agent: Agent, owner: Owner | None) -> Answer:
+            made = False
+            try:
+                await agent.stat(path, owner)
+            except NotFound:
+                made = True
+            await agent.make_dir(path, owner)
+            return {"made": made}
+
+        return await self._file(id, "files.make_dir", act, True, user, path=path)
+
+    async def op_files_url(self, id: str, **_: Any) -> Answer:
+        raise InvalidRequest("URLs of files are the API server's: this is a host's own Edge, which speaks no HTTP")
+
+    async def op_files_watch(
+        self, id: str, path: str, recursive: bool = False, user: str | None = None, timeout: float | None = None
+    ) -> Answer:
+        """Begins to tell what changes in a folder: a command without a program, whose output is watch.h's lines. No
+        trajectory records it."""
         box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.rename(path, to)
-            return {}
-
-        return await self._logged(box, "files.rename", {"path": path, "to": to}, act)
-
-    async def op_files_make_dir(self, id: str, path: str) -> Answer:
-        box = self._box(id)
-
-        async def act(step: int) -> Answer:
-            await box.alive().agent.make_dir(path)
-            return {}
-
-        return await self._logged(box, "files.make_dir", {"path": path}, act, True)
+        options = await self._options(box, user, None, path)
+        started = box.start([], timeout, 0, watch=2 if recursive else 1, limit=WATCHED, **options)
+        started.text = f"watch {path}"
+        await box.alive().agent.ping(30)  # a refusal comes before this answer
+        if started.result.done():
+            await started.result
+        return {"command": started.id}
 
 
 def sync_tree(folder: Path) -> None:

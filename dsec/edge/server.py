@@ -2,7 +2,8 @@
 
 A message is u32 length of the head, u32 length of the bytes, head, bytes. Requests carry id, op, args (and stream:
 true for events); answers carry the id and one of result, error, event. {"id": n, "cancel": true} stops listening to n;
-the work goes on. Whoever may open the socket (mode 0600) is the Edge's owner.
+the work goes on. After the answer to op "tunnel" a connection is one to a port inside a sandbox. Whoever may open the
+socket (mode 0600) is the Edge's owner.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from dsec.edge.edge import Edge
 from dsec.errors import DsecError, InvalidRequest, to_wire
 from dsec.guest.build import home as default_home
+from dsec.guest.streams import splice
 
 HEAD = struct.Struct("<II")
 MAX_HEAD, MAX_DATA = 1 << 24, 1 << 29
@@ -74,6 +76,9 @@ class Server:
             while True:
                 head, data = await receive(reader)
                 id = int(head["id"])
+                if head.get("op") == "tunnel" and not tasks:
+                    await self._tunnel(head, reader, writer)
+                    return
                 if head.get("cancel"):
                     if id in tasks:
                         tasks[id].cancel()
@@ -86,6 +91,17 @@ class Server:
             for task in tasks.values():
                 task.cancel()
             writer.close()
+
+    async def _tunnel(self, head: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """From the answer on, this connection is one to a port inside a sandbox."""
+        try:
+            args = head.get("args") or {}
+            stream = await self.edge.tunnel(str(args.get("id")), int(args.get("port") or 0))
+        except DsecError as error:
+            writer.write(message({"id": head["id"], "error": to_wire(error)}))
+            return
+        writer.write(message({"id": head["id"], "result": {}}))
+        await splice(stream, reader, writer)
 
     async def _serve(self, head: dict[str, Any], data: bytes, writer: asyncio.StreamWriter) -> None:
         id, op, args = head["id"], str(head.get("op")), head.get("args") or {}

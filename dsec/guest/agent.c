@@ -25,6 +25,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/fsuid.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
@@ -36,7 +37,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { VERSION = 2, MAX_FRAME = 1 << 20, PIECE = 1 << 16, BUSY = 1 << 18 };
+enum { VERSION = 3, MAX_FRAME = 1 << 20, MAX_EXEC = 4 << 20, PIECE = 1 << 16, BUSY = 1 << 18 };
 static const char MAGIC[] = "\x93""dsec\x1f""open\xe7\x0a\x5b\xc2\x80"; /* 16 bytes with the final NUL */
 
 struct buf { char *p; size_t n, cap; };
@@ -55,7 +56,8 @@ struct proc {
 };
 
 static struct proc *procs;
-static struct buf in, out;
+static struct buf in, out, more; /* more: the first frames of a long exec */
+static uint32_t more_id;
 static int listener = -1, conn = -1, device, drop_caps;
 static const char *device_path;
 extern char **environ;
@@ -234,8 +236,9 @@ static void sweep(void) { /* frees commands that are done, forgotten and silent 
 
 #include "tree.h"
 #include "walls.h"
+#include "watch.h"
 
-struct request { char **argv, **env; int argc, envc, stdin_open; const char *cwd, *shell, *tty; long uid, gid, step, limit; };
+struct request { char **argv, **env; int argc, envc, stdin_open, watch; const char *cwd, *shell, *tty; long uid, gid, step, limit; };
 
 static int child(struct request *r, int fds[3], const char *slave) { /* returns errno */
     sigset_t none;
@@ -258,6 +261,7 @@ static int child(struct request *r, int fds[3], const char *slave) { /* returns 
     if (r->cwd ? chdir(r->cwd) : 0) return errno;
     signal(SIGPIPE, SIG_DFL);
     sigprocmask(SIG_SETMASK, &none, NULL);
+    if (r->watch) return watch(r->watch > 1);
     char *shell[] = {access("/bin/bash", X_OK) ? "/bin/sh" : "/bin/bash", "-c", (char *)r->shell, NULL};
     if (r->shell) r->argv = shell;
     environ = r->env;
@@ -281,8 +285,9 @@ static void start(uint32_t id, char *data, size_t n) {
         else if (!strcmp(key, "step")) r.step = atol(value);
         else if (!strcmp(key, "stdin")) r.stdin_open = atoi(value);
         else if (!strcmp(key, "limit")) r.limit = atol(value);
+        else if (!strcmp(key, "watch")) r.watch = atoi(value);
     }
-    if (find(id) || (!r.argc && !r.shell) || r.limit < 2) { error = EINVAL; goto out; }
+    if (find(id) || (!r.argc && !r.shell && !(r.watch && r.cwd)) || r.limit < 2) { error = EINVAL; goto out; }
     if (r.tty) {
         struct winsize size = {24, 80, 0, 0};
         sscanf(r.tty, "%hu %hu", &size.ws_row, &size.ws_col);
@@ -322,7 +327,7 @@ static void start(uint32_t id, char *data, size_t n) {
 out:
     for (int i = 0; i < 6; i++) if (pipes[i / 2][i % 2] >= 0) close(pipes[i / 2][i % 2]);
     if (master >= 0) close(master);
-    if (error) refuse(id, error, r.shell ? "shell" : r.argc ? r.argv[0] : "exec");
+    if (error) refuse(id, error, r.watch ? r.cwd : r.shell ? "shell" : r.argc ? r.argv[0] : "exec");
     free(r.argv); free(r.env);
 }
 
@@ -360,7 +365,8 @@ static int make_dirs(const char *path, int last) { /* 0, or -1 with errno; last:
         if (path[i] == '/' || (path[i] == 0 && last)) {
             memcpy(part, path, i);
             part[i] = 0;
-            if (mkdir(part, 0755) && errno != EEXIST && stat(part, &s)) return -1;
+            int why = mkdir(part, 0755) ? errno : 0; /* refused where it is already there: no matter */
+            if (why && why != EEXIST && stat(part, &s)) { errno = why; return -1; }
         }
     return last && (stat(path, &s) || !S_ISDIR(s.st_mode)) ? (errno = ENOTDIR, -1) : 0;
 }
@@ -374,6 +380,27 @@ static void describe(struct buf *b, const char *name, struct stat *s) {
 }
 
 static int remove_one(const char *path, const struct stat *s, int type, struct FTW *where) { (void)s, (void)type, (void)where; return remove(path); }
+
+static int files_as(uid_t uid, gid_t gid, int count, const gid_t *groups) { /* 0, or -1 with errno */
+    if (setgroups(count, groups)) return -1;
+    setfsgid(gid);
+    setfsuid(uid); /* leaving 0 takes the capabilities that pass permission bits, coming back gives them */
+    return (uid_t)setfsuid(-1) == uid && (gid_t)setfsgid(-1) == gid ? 0 : (errno = EPERM, -1);
+}
+
+static void file_operation(char kind, uint32_t id, char *data, size_t n);
+
+static void owned_operation(char kind, uint32_t id, char *data, size_t n) { /* as the user it names, if it does */
+    uint16_t head = 0;
+    if (kind == 'w' && n >= 2) memcpy(&head, data, 2);
+    int known = kind != 'w' || (head && head <= n - 2 && !data[1 + head]);
+    const char *uid = known ? get(kind == 'w' ? data + 2 : data, kind == 'w' ? head : n, "uid") : "";
+    gid_t own[256], gid = atol(known ? get(kind == 'w' ? data + 2 : data, kind == 'w' ? head : n, "gid") : "");
+    int count = *uid ? getgroups(256, own) : 0;
+    if (*uid && (count < 0 || files_as(atol(uid), gid, 1, &gid))) refuse(id, errno, "user");
+    else file_operation(kind, id, data, n);
+    if (*uid && count >= 0 && files_as(0, 0, count, own)) die("back to root");
+}
 
 static void file_operation(char kind, uint32_t id, char *data, size_t n) {
     struct buf b = {0};
@@ -416,7 +443,7 @@ static void file_operation(char kind, uint32_t id, char *data, size_t n) {
     } else if (kind == 's') {
         if (!(bad = lstat(path, &s))) describe(&b, "entry", &s);
     } else if (kind == 'd') {
-        bad = lstat(path, &s) || (S_ISDIR(s.st_mode) ? nftw(path, remove_one, 32, FTW_DEPTH | FTW_PHYS | FTW_MOUNT) : unlink(path));
+        bad = lstat(path, &s) || (S_ISDIR(s.st_mode) ? nftw(path, remove_one, 32, FTW_DEPTH | FTW_PHYS) : unlink(path));
     } else if (kind == 'm') bad = rename(path, get(data, n, "to"));
     else bad = make_dirs(path, 1);
     int error = errno;
@@ -435,6 +462,7 @@ static void hang_up(void) {
     stream_hang_up();
     cut(&in, in.n);
     cut(&out, out.n);
+    cut(&more, more.n);
     for (struct proc *p = procs; p; p = p->next) p->streaming = 0;
 }
 
@@ -463,8 +491,16 @@ static void journal(uint32_t id) {
 
 static int take(char kind, uint32_t id, char *data, size_t n) { /* 0 when the frame has no meaning */
     struct proc *p = find(id);
-    if (strchr("rwlsdmk", kind)) { if (n && (kind == 'w' || !data[n - 1])) file_operation(kind, id, data, n); else return 0; }
-    else if (kind == 'X') { if (!n || data[n - 1]) return 0; start(id, data, n); }
+    if (strchr("rwlsdmk", kind)) { if (n && (kind == 'w' || !data[n - 1])) owned_operation(kind, id, data, n); else return 0; }
+    else if (kind == 'x' || kind == 'X') {
+        if (more_id != id) cut(&more, more.n);
+        if (more.n + n > MAX_EXEC || (kind == 'X' && (!n || data[n - 1]))) return 0;
+        more_id = id;
+        if (kind == 'x' || more.n) put(&more, data, n);
+        if (kind == 'x') return 1;
+        if (more.n) start(id, more.p, more.n); else start(id, data, n);
+        cut(&more, more.n);
+    }
     else if (kind == 'P') reply('p', id, data, n);
     else if (strchr("NTteca", kind)) return stream_take(kind, id, data, n);
     else if (kind == 'Q') journal(id);

@@ -3,12 +3,14 @@
 A frame is u32 length of the rest (little-endian, 5 .. 1 MiB), u8 kind, u32 id, payload. `fields` are a flat list of
 key NUL value NUL, so that neither side needs a parser that could be fooled. Host to guest:
 
-    X exec: arg* or shell, env*, cwd, uid, gid, step, limit, stdin=1, tty=rows cols     B send again what is kept of id
+    X exec: arg* or shell or watch=1 (2: folders below too; watch.h), env*, cwd, uid, gid, step, limit, stdin=1,
+      tty=rows cols    x the first part of a long X    B send again what is kept of id
     I stdin    C close stdin    K kill id and all it started
     S signal (u8; id 0: every process)    R resize (u16 rows, u16 columns)
     Z forget id    P ping    Q journal
     r read: path offset size    w write: u16 length, (path mode append make), bytes    l list: path    s stat: path
-    d delete: path    m rename: path to    k make folder: path    N T t e c a: streams of bytes (streams.py)
+    d delete: path    m rename: path to    k make folder: path (each of the six also: uid gid, whose permissions count)
+    N T t e c a: streams of bytes (streams.py)
 
 Guest to host: H hello (version), O stdout, E stderr, i (u32: bytes of stdin read), D done (code signal seconds out err:
 bytes dropped), F refused (errno, text), p pong, J journal (records that begin with id), A answer of a file operation,
@@ -33,8 +35,14 @@ from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, Time
 from dsec.guest.streams import KINDS, Streams
 from dsec.types import EntryInfo
 
-VERSION = 2
-"""Raised when an older agent and this host would misunderstand each other: snapshots of machines hold agents."""
+VERSION, OLDEST = 3, 2
+"""Of the wire, and what this host still speaks, because containers outlive their Edge; of snapshots of machines, which
+hold agents too, only this very version is taken. An agent of version 2 knows neither users of file operations nor
+commands longer than a frame."""
+MAX_EXEC = 4 << 20
+"""Bytes of a command and its environment."""
+Owner = tuple[int, int]
+"""uid and gid of whom a file operation is for."""
 MAX_FRAME = 1 << 20
 CHUNK = 512 * 1024
 """Bytes a read or write moves per frame."""
@@ -274,8 +282,8 @@ class Agent(asyncio.Protocol):
             self.streams.take(kind, id, payload)
         elif kind == b"H" and not self.hello.done():
             version = int(_number(dict(parse(payload)), "version"))
-            if version != VERSION:
-                raise SandboxFailed(f"the agent speaks version {version}, the host {VERSION}")
+            if not OLDEST <= version <= VERSION:
+                raise SandboxFailed(f"the agent speaks version {version}, the host {OLDEST} to {VERSION}")
             self.hello.set_result(version)
         else:
             raise SandboxFailed(f"an unexpected frame: kind {kind!r}, id {id}")
@@ -326,22 +334,30 @@ class Agent(asyncio.Protocol):
         stdin: bool = False,
         step: int = 0,
         limit: int = OUTPUT_LIMIT,
+        watch: int = 0,
     ) -> Process:
         """Starts a command: a list is an argv, a string goes to the sandbox's shell. `limit` caps each stream's bytes.
+        `watch`: no command (an empty list), but what changes in cwd (2: and below it), as watch.h tells it.
 
         Returns at once; a command that cannot start ends `done` with an error.
         """
         given = [("shell", command)] if isinstance(command, str) else [("arg", arg) for arg in command]
         given += [("env", f"{key}={value}") for key, value in (env or {}).items()]
         given += [("cwd", cwd)] if cwd else []
+        given += [("watch", str(watch))] if watch else []
         given += [("tty", f"{tty[0]} {tty[1]}")] if tty else []
         numbers = [("uid", uid), ("gid", gid), ("stdin", int(stdin)), ("step", step), ("limit", limit)]
         payload = fields([*given, *numbers])
+        if len(payload) > MAX_EXEC:
+            raise InvalidRequest(f"command and environment are {len(payload)} bytes, at most {MAX_EXEC} fit")
         if len(payload) > MAX_FRAME - 5:
-            raise InvalidRequest(f"command and environment are {len(payload)} bytes, at most {MAX_FRAME - 5} fit")
+            self._young("commands of more than 1 MiB")
         process = self._watch(self.new_id(), limit, on_output)
         try:
-            self.send(b"X", process.id, payload)
+            *first, last = range(0, len(payload), MAX_FRAME - 5)
+            for at in first:
+                self.send(b"x", process.id, payload[at : at + MAX_FRAME - 5])
+            self.send(b"X", process.id, payload[last:])
         except SandboxFailed:
             del self._processes[process.id]
             raise
@@ -382,50 +398,71 @@ class Agent(asyncio.Protocol):
         """A signal to every process of the sandbox except the agent."""
         self.send(b"S", 0, bytes((number,)))
 
-    async def read(self, path: str, offset: int = 0, size: int = 1 << 28) -> bytes:
-        """A regular file's bytes; one longer than `size` raises InvalidRequest."""
+    def _young(self, what: str) -> None:
+        """Raises InvalidRequest if the agent is older than `what`."""
+        if self.hello.done() and not self.hello.cancelled() and self.hello.result() < 3:
+            raise InvalidRequest(f"this sandbox's agent is too old for {what}")
+
+    def _path(self, path: str, owner: Owner | None, **more: object) -> bytes:
+        """The fields of a file operation."""
+        given: list[tuple[str, object]] = [("path", path), *more.items()]
+        if owner not in (None, (0, 0)):
+            assert owner is not None
+            self._young("files of other users")
+            given += [("uid", owner[0]), ("gid", owner[1])]
+        return fields(given)
+
+    async def read(
+        self, path: str, offset: int = 0, size: int = 1 << 28, part: bool = False, owner: Owner | None = None
+    ) -> bytes:
+        """A regular file's bytes; one longer than `size` raises InvalidRequest, unless a `part` will do."""
         parts: list[bytes] = []
         got = 0
         while True:
             want = min(CHUNK, size + 1 - got)
-            part = await self.ask(b"r", fields([("path", path), ("offset", offset + got), ("size", want)]))
-            if len(part) > want:
+            piece = await self.ask(b"r", self._path(path, owner, offset=offset + got, size=want))
+            if len(piece) > want:
                 raise SandboxFailed("the agent sent more than it was asked for")
-            parts.append(part)
-            got += len(part)
+            parts.append(piece)
+            got += len(piece)
+            if got > size and part:
+                return b"".join(parts)[:size]
             if got > size:
                 raise InvalidRequest(f"{path} is longer than {size} bytes; read it in parts")
-            if len(part) < want:
+            if len(piece) < want:
                 return b"".join(parts)
 
-    async def write(self, path: str, data: bytes, mode: int = 0o644, append: bool = False, make: bool = True) -> None:
+    async def write(
+        self, path: str, data: bytes, mode: int = 0o644, append: bool = False, make: bool = True,
+        owner: Owner | None = None,
+    ) -> None:  # fmt: skip
         """Writes a file, making missing folders (`make`); `mode` is for a new file."""
         for at in range(0, max(len(data), 1), CHUNK):
             more = append or at > 0
-            header = fields([("path", path), ("mode", mode), ("append", int(more)), ("make", int(make))])
+            header = self._path(path, owner, mode=mode, append=int(more), make=int(make))
             await self.ask(b"w", struct.pack("<H", len(header)) + header + data[at : at + CHUNK])
 
-    async def list(self, path: str) -> list[EntryInfo]:
+    async def list(self, path: str, owner: Owner | None = None) -> list[EntryInfo]:
         """A folder's entries, sorted by name."""
-        payload = await self.ask(b"l", fields([("path", path)]))
+        payload = await self.ask(b"l", self._path(path, owner))
         base = path.rstrip("/")
         return sorted((_entry(f"{base}/{name}", value) for name, value in parse(payload)), key=lambda e: e.name)
 
-    async def stat(self, path: str) -> EntryInfo:
+    async def stat(self, path: str, owner: Owner | None = None) -> EntryInfo:
         """The entry itself (a link is not followed)."""
-        ((_, value),) = parse(await self.ask(b"s", fields([("path", path)])))[:1] or [("", "")]
+        ((_, value),) = parse(await self.ask(b"s", self._path(path, owner)))[:1] or [("", "")]
         return _entry(path, value)
 
-    async def remove(self, path: str) -> None:
+    async def remove(self, path: str, owner: Owner | None = None) -> None:
         """A file, or a folder with all that is in it."""
-        await self.ask(b"d", fields([("path", path)]))
+        await self.ask(b"d", self._path(path, owner))
 
-    async def rename(self, path: str, to: str) -> None:
-        await self.ask(b"m", fields([("path", path), ("to", to)]))
+    async def rename(self, path: str, to: str, owner: Owner | None = None) -> None:
+        await self.ask(b"m", self._path(path, owner, to=to))
 
-    async def make_dir(self, path: str) -> None:
+    async def make_dir(self, path: str, owner: Owner | None = None) -> None:
         """The folder and its parents; one that exists is fine."""
-        await self.ask(b"k", fields([("path", path)]))
+        await self.ask(b"k", self._path(path, owner))
 
     def new_id(self) -> int:
         """A number that nothing else of this connection has."""

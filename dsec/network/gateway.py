@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from dsec.errors import DsecError, Forbidden, SubstrateUnavailable
-from dsec.guest.streams import splice
+from dsec.guest.streams import Stream, splice
 from dsec.network import proxy
 from dsec.network.policy import Policy, parse
 
@@ -33,17 +33,25 @@ class Gateway:
         with contextlib.suppress(DsecError):  # an agent that is gone is noticed elsewhere
             await streams.gate(proxy.PORT)
 
-    async def host(self, port: int) -> str:
-        """ "127.0.0.1:N" on this host, forwarded to `port` on the sandbox's loopback. Forbidden by the policy."""
+    def check(self, port: int) -> None:
+        """Raises Forbidden unless the policy opens this port."""
         if not self.policy.lets_in(port):
             text = f'port {port} of this sandbox is closed; create it with network={{"allow_in": [{port}]}}'
             raise Forbidden(text)
+
+    async def connect(self, port: int) -> Stream:
+        """A connection to the port inside. Forbidden by the policy, InvalidRequest when nobody listens."""
+        self.check(port)
+        return await self._box.alive().agent.streams.connect(port)
+
+    async def host(self, port: int) -> str:
+        """ "127.0.0.1:N" on this host, forwarded to `port` on the sandbox's loopback. Forbidden by the policy."""
+        self.check(port)
         if port not in self._servers:
 
             async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 try:
-                    stream = await self._box.alive().agent.streams.connect(port)
-                    await splice(stream, reader, writer)
+                    await splice(await self.connect(port), reader, writer)
                 except (DsecError, OSError):
                     pass  # nobody listens there, or it is gone: the client sees its connection end
                 finally:
@@ -81,10 +89,23 @@ class NetworkOperations:
 
     async def op_get_host(self, id: str, port: int) -> dict[str, Any]:
         """Where on this host a port of the sandbox is reached."""
+        return {"host": await self._gateway(id).host(int(port))}
+
+    async def op_check_port(self, id: str, port: int) -> dict[str, Any]:
+        """For API servers, which forward it themselves: Forbidden unless the policy opens the port."""
+        self._gateway(id).check(int(port))
+        return {}
+
+    async def tunnel(self, id: str, port: int) -> Stream:
+        """A connection to a port of the sandbox."""
+        return await self._gateway(id).connect(port)
+
+    def _gateway(self, id: str) -> Gateway:
         box = self._box(id)
         box.alive()
         assert box.gateway is not None
-        return {"host": await box.gateway.host(int(port))}
+        gateway: Gateway = box.gateway
+        return gateway
 
 
 def environment(network: str | tuple[str, ...]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from dsec.api.app import make_app
+from dsec.api.ports import Ports
 from dsec.api.service import Service, new_key
 from dsec.cluster.leases import Terms
 from dsec.cluster.node import Door, Node
@@ -75,7 +76,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for task in doors:
             task.cancel()
 
-    config = uvicorn.Config(make_app(service), port=0, log_level="warning", http="h11")
+    ports = Ports(service)
+    config = uvicorn.Config(make_app(service, ports), port=0, log_level="warning", http="h11")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from conftest import Cluster
 
@@ -79,6 +81,73 @@ def test_life(box: Any, options: dict[str, Any]) -> None:
     again = e2b.Sandbox.connect(box.sandbox_id, **options)
     assert again.commands.run("echo same").stdout == "same\n" and again.is_running()
     assert box.kill() is True and box.kill() is False
+
+
+def test_pauses_snapshots_forks_and_metrics(box: Any, options: dict[str, Any]) -> None:
+    assert box.pause() is True and box.pause() is False
+    assert e2b.Sandbox.connect(box.sandbox_id, **options).files.write("/tmp/kept", "x").path == "/tmp/kept"
+    taken = box.create_snapshot()
+    with e2b.Sandbox.create(taken.snapshot_id, **options) as other:
+        assert other.files.read("/tmp/kept") == "x"
+    assert e2b.Sandbox.delete_snapshot(taken.snapshot_id, **options) is True
+    assert e2b.Sandbox.delete_snapshot(taken.snapshot_id, **options) is False
+    (now,) = box.get_metrics()
+    assert now.mem_used > 0 and now.mem_total == 1024 << 20 and now.disk_total == 512 << 20
+
+
+def test_lists_with_a_query_and_pages(options: dict[str, Any]) -> None:
+    made = [e2b.Sandbox.create(timeout=60, metadata={"of": "a list", "n": str(n)}, **options) for n in range(3)]
+    pages = e2b.Sandbox.list(query=e2b.SandboxQuery(metadata={"of": "a list"}), limit=2, **options)
+    seen = []
+    while pages.has_next:
+        seen.append([each.sandbox_id for each in pages.next_items()])
+    assert seen == [[made[0].sandbox_id, made[1].sandbox_id], [made[2].sandbox_id]]
+    for each in made:
+        each.kill()
+
+
+def test_files_of_a_user_and_folders_that_are_there(box: Any) -> None:
+    box.commands.run("mkdir -m 777 /tmp/open")
+    box.files.write("/tmp/open/f", "x", user="nobody")
+    assert box.files.get_info("/tmp/open/f").owner == "65534"
+    assert box.files.make_dir("/tmp/open") is False and box.files.make_dir("/tmp/open/more", user="nobody") is True
+    with pytest.raises(e2b.SandboxException):
+        box.files.write("/root/f", "x", user="nobody")
+
+
+def test_watching_a_folder(box: Any, options: dict[str, Any]) -> None:
+    async def body() -> None:
+        same = await e2b.AsyncSandbox.connect(box.sandbox_id, **options)
+        seen: list[Any] = []
+        handle = await same.files.watch_dir("/tmp", seen.append, recursive=True)
+        await same.files.write("/tmp/deep/f", "x")
+        for _ in range(200):
+            if ("deep/f", e2b.FilesystemEventType.CREATE) in [(each.name, each.type) for each in seen]:
+                break
+            await asyncio.sleep(0.02)
+        else:
+            raise AssertionError(seen)
+        await handle.stop()
+        for _ in range(200):
+            if not [each for each in await same.commands.list() if "watch" in str(each.args)]:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError("the watch goes on although nobody listens")
+
+    asyncio.run(body())
+
+
+def test_ports(cluster: Cluster, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """E2B's clients make the name themselves and send the token as a header."""
+    monkeypatch.setattr(cluster.service.ports, "domain", "boxes.test")
+    with e2b.Sandbox.create(timeout=60, **options) as box:
+        box.commands.run("python3 -m http.server 8000 -d /usr/share -b 127.0.0.1", background=True)
+        box.commands.run("for i in $(seq 99); do grep -q ':1F40 ' /proc/net/tcp && break; sleep 0.05; done")
+        assert box.get_host(8000) == f"8000-{box.sandbox_id}.boxes.test"
+        headers = {"Host": box.get_host(8000), "e2b-traffic-access-token": box.traffic_access_token}
+        where = f"http://127.0.0.1:{cluster.service.ports.port}/"
+        assert httpx.get(where, headers=headers).status_code == 200
+        assert httpx.get(where, headers=headers | {"e2b-traffic-access-token": "a" * 24}).status_code == 403
 
 
 def test_a_wrong_key(options: dict[str, Any]) -> None:

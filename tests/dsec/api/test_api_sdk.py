@@ -7,13 +7,15 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httpx
 import pytest
 from conftest import Cluster
 
 from dsec.api.client import RemoteTransport
 from dsec.cluster.link import Unreachable, decode, encode
-from dsec.errors import DsecError, Forbidden, NotFound, QuotaExceeded, SandboxFailed, StateLost
+from dsec.errors import DsecError, Forbidden, InvalidRequest, NotFound, QuotaExceeded, SandboxFailed, StateLost
 from dsec.sandbox import AsyncSandbox
+from dsec.types import SandboxQuery
 
 SPEC: dict[str, Any] = {"substrate": "container", "timeout": 120, "memory": 128, "pids": 32}
 
@@ -44,6 +46,51 @@ def test_the_sdk_works_the_same_over_http(cluster: Cluster) -> None:
         given = b"x" * (20 << 20)  # more than a JSON head may hold
         assert int((await again.commands.run("wc -c", stdin=given)).stdout) == len(given)
         assert await box.kill() and not await box.is_running()
+
+    play(cluster, work)
+
+
+def test_urls_that_need_no_key(cluster: Cluster) -> None:
+    async def work(transport: RemoteTransport) -> None:
+        box = await AsyncSandbox.create(**SPEC, transport=transport)
+        put, get = await box.files.upload_url("/tmp/f g"), await box.files.download_url("/tmp/f g", expires=60)
+        async with httpx.AsyncClient() as client:
+            assert (await client.put(put, content=b"bytes")).json() == {"path": "/tmp/f g", "size": 5}
+            assert (await client.get(get)).content == b"bytes"
+            assert (await client.post(put, files={"file": ("n", b"form")})).status_code == 200
+            assert (await client.get(get)).content == b"form"
+            assert (await client.post(put, files=[("a", b"1"), ("b", b"2")])).status_code == 400
+            wrong = [put, get.replace("%2Ff", "%2Fg"), get.replace("until=", "until=9"), get[:-1], get + "0"]
+            wrong.append(get.replace(box.id, "0" * 32))
+            old = await box.files.download_url("/tmp/f g", expires=0.01)
+            await asyncio.sleep(0.6)
+            for url in [*wrong, old]:
+                assert (await client.get(url)).status_code == 403, url
+            assert (await client.put(get, content=b"x")).status_code == 403, "to read is not to write"
+            await box.kill()
+            assert (await client.get(get)).status_code == 404
+        with pytest.raises(InvalidRequest, match="expires is a number of seconds"):
+            await box._transport.call("files.url", {"id": box.id, "path": "/f", "expires": -1})
+
+    play(cluster, work)
+
+
+def test_pages_and_snapshots(cluster: Cluster) -> None:
+    async def work(transport: RemoteTransport) -> None:
+        spec = {"substrate": "function", "metadata": {"of": "pages"}, "transport": transport}
+        made = [await AsyncSandbox.create(**spec) for _ in range(3)]
+        pages = await AsyncSandbox.list(SandboxQuery(metadata={"of": "pages"}), limit=2, transport=transport)
+        seen = [each.id for each in await pages.next_items() + await pages.next_items()]
+        assert seen == [box.id for box in made] and not pages.has_next
+        box = await AsyncSandbox.create(**SPEC, transport=transport)
+        taken = await box.create_snapshot()
+        assert taken in await AsyncSandbox.list_snapshots(transport=transport)
+        other = RemoteTransport(cluster.url, cluster.red)
+        assert taken not in await AsyncSandbox.list_snapshots(transport=other)
+        assert await AsyncSandbox.delete_snapshot(taken.snapshot_id, transport=other) is False
+        assert await AsyncSandbox.delete_snapshot(taken.snapshot_id, transport=transport) is True
+        assert taken not in await AsyncSandbox.list_snapshots(transport=transport)
+        await other.close()
 
     play(cluster, work)
 

@@ -129,7 +129,8 @@ from dsec import Sandbox
 import os, signal
 box = Sandbox.create(substrate="function")
 print(box.call("def main(): return 1"))
-from dsec.sandbox import _Loop, default_transport
+from dsec.client import default_transport
+from dsec.twin import _Loop
 import asyncio
 async def pid(): return (await default_transport().call("status", {}))[0]["pid"]
 first = asyncio.run_coroutine_threadsafe(pid(), _Loop.get()).result()
