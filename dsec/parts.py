@@ -303,11 +303,14 @@ class AsyncFiles(_Part):
 
     async def rename(self, old_path: str, new_path: str, user: str | None = None) -> EntryInfo:
         """The entry under its new name."""
-        return EntryInfo(**(await self._call("files.rename", path=old_path, to=new_path, user=user))[0]["entry"])
+        answer, _ = await self._call("files.rename", path=old_path, to=new_path, user=user)
+        if "entry" in answer:
+            return EntryInfo(**answer["entry"])
+        return EntryInfo(new_path.rpartition("/")[2], new_path, "other", 0, 0, 0.0)  # a log of before says no more
 
     async def make_dir(self, path: str, user: str | None = None) -> bool:
         """The folder and its parents; False when it was there."""
-        return bool((await self._call("files.make_dir", path=path, user=user))[0]["made"])
+        return bool((await self._call("files.make_dir", path=path, user=user))[0].get("made", True))
 
     async def watch_dir(
         self,
