@@ -30,8 +30,8 @@ from dsv4.kernels import reference
 from dsv4.kernels import triton as ours
 from dsv4.numerics import Packed
 
-D, INNER, EXPERTS, CHOICES, HEADS, HEAD_DIM, INDEX_HEADS, INDEX_DIM, TOPK, WINDOW = (
-    4096, 2048, 256, 6, 64, 512, 64, 128, 512, 128,
+D, INNER, EXPERTS, CHOICES, HEADS, HEAD_DIM, INDEX_HEADS, INDEX_DIM, TOPK, WINDOW, VOCABULARY = (
+    4096, 2048, 256, 6, 64, 512, 64, 128, 512, 128, 129280,
 )  # fmt: skip
 CHECKED = 16  # queries of an attention that are compared with the reference
 Result = Tensor | tuple[Tensor, ...]
@@ -173,6 +173,34 @@ def small(tokens: int) -> Iterator[Case]:
     kv, gate = (normal(max(tokens // 4, 1), 8, HEAD_DIM, dtype=torch.float32) for _ in range(2))
     pooled = lambda: (torch.softmax(gate, -2) * kv).sum(-2)  # noqa: E731
     yield Case("pool, CSA", lambda: ours.compress.pool(kv, gate), pooled, 2 * size(kv) + size(kv) // 8, 0)
+    values, gates = (normal(2 * HEAD_DIM, D) for _ in range(2))
+    ape, position = normal(4, 2 * HEAD_DIM, dtype=torch.float32), torch.arange(tokens, device="cuda")[None]
+    yield Case(
+        "project, CSA", lambda: ours.compress.project(y[None], values, gates, ape, position, HEAD_DIM),
+        lambda: reference.project(*(y[None].float() @ w.float().T for w in (values, gates)), ape, position, HEAD_DIM),
+        size(y, values, gates) + 16 * tokens * HEAD_DIM, 8 * tokens * HEAD_DIM * D,
+    )  # fmt: skip
+    row, index = normal(tokens, HEAD_DIM), normal(tokens, INDEX_HEADS, INDEX_DIM)
+    yield Case("kv_row", lambda: ours.rows.kv_row(row, 64), lambda: numerics.kv_row(row, 64), 2 * size(row), 0)
+    yield Case(
+        "index_row, heads", lambda: ours.rows.index_row(index), lambda: numerics.index_row(index), 2 * size(index), 0
+    )
+
+
+def choices(tokens: int) -> Iterator[Case]:
+    logits, bias = normal(tokens, EXPERTS, dtype=torch.float32), normal(EXPERTS, dtype=torch.float32)
+    router = (logits, bias, None, CHOICES, 1.5)
+    moved = 2 * size(logits) + 12 * tokens * CHOICES
+    yield Case("route", lambda: ours.route.route(*router), lambda: reference.route(*router), moved, 0)
+    rows = min(tokens, 64)  # of a vocabulary each; so many sequences decode together
+    draw = torch.rand(rows, dtype=torch.float64, device="cuda")
+    for name, temperature, top_p, spread in (
+        ("greedy", 0, 1, 4), ("top-p 1", 1, 1, 4), ("top-p 0.95", 1, 0.95, 4), ("top-p 0.95, flat", 1, 0.95, 0.1)
+    ):  # fmt: skip
+        logits = normal(rows, VOCABULARY, dtype=torch.float32) * spread
+        a = (logits, torch.full_like(draw, temperature), torch.full_like(draw, top_p), draw)
+        run, wanted = lambda a=a: ours.sample.sample(*a), lambda a=a: reference.sample(*a)
+        yield Case(f"sample, {name}", run, wanted, size(logits) + 8 * rows, 0)
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -232,7 +260,7 @@ def main() -> None:
     )
     records = []
     for tokens in arguments.tokens:
-        for family in (linears, experts, attention, small):
+        for family in (linears, experts, attention, small, choices):
             for case in family(tokens):
                 error = difference(case.run(), case.wanted())
                 took, torch_took = seconds(captured(case.run), arguments.rounds), seconds(case.wanted, 3)

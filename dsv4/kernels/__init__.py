@@ -175,6 +175,8 @@ def route(
     """The router (report 2.1): logits float32 [N, E] -> experts int64 [N, k], their weights float32 [N, k] (they sum to
     ``factor``) and the affinities sqrt(softplus(logits)) [N, E]. The experts are the best under affinity + bias [E],
     the lowest number first among equals, or ``fixed`` int64 [N, k]; `reference.route` is the specification."""
+    if _triton.usable(logits, bias, fixed):
+        return _triton.route.route(logits, bias, fixed, k, factor)
     return (_cpu_route if _cpu_route.usable(logits) else reference).route(logits, bias, fixed, k, factor)
 
 
@@ -224,7 +226,9 @@ def project(x: Tensor, values: Tensor, gates: Tensor, ape: Tensor, position: Ten
     """What a compressor takes from its tokens (eqs. 9-10, 20-21), float32: x [B, T, D], values and gates [N, D] ->
     [B, T, 2 N]. Per half of ``dim`` channels its values and its gates side by side; a gate has its place's row of ape
     float32 [ratio, N] added. position int64 [B, T]. `reference.project` is the specification."""
-    if _triton.usable(x) or not _cpu_linear.plain(x, values, gates) or ape.dtype != torch.float32:
+    if _triton.usable(x, values, gates, ape) and x.dtype == values.dtype == gates.dtype:
+        return _triton.compress.project(x, values, gates, ape, position, dim)
+    if not _cpu_linear.plain(x, values, gates) or ape.dtype != torch.float32:
         return reference.project(linear(x, values, wide=True), linear(x, gates, wide=True), ape, position, dim)
     return _cpu_linear.project(x, values, gates, ape, position, dim)
 
@@ -269,16 +273,24 @@ def pool(kv: Tensor, gate: Tensor) -> Tensor:
 
 def kv_row(x: Tensor, rope: int) -> Tensor:
     """KV rows as an FP8 cache gives them back; `numerics.kv_row` is the specification."""
-    return (_cpu_rows if _cpu_rows.usable(x) else numerics).kv_row(x, rope)
+    return _rows(x).kv_row(x, rope)
 
 
 def index_row(x: Tensor) -> Tensor:
     """Index queries or keys, transformed and rounded to FP4; `numerics.index_row` is the specification."""
     whole = x.shape[-1] % numerics.INDEX_ROW.block[1] == 0
-    return (_cpu_rows if whole and _cpu_rows.usable(x) else numerics).index_row(x)
+    return (_rows(x) if whole else numerics).index_row(x)
+
+
+def _rows(x: Tensor) -> Any:
+    if _triton.usable(x):
+        return _triton.rows
+    return _cpu_rows if _cpu_rows.usable(x) else numerics
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
     """The next token of every row: logits float32 [B, V]; temperature, top_p and draw (in [0, 1)) float64 [B] -> ids
     int64 [B]; `reference.sample` is the specification."""
+    if _triton.usable(logits) and logits.dtype == torch.float32:
+        return _triton.sample.sample(logits, temperature, top_p, draw)
     return (_cpu_sample if _cpu_sample.usable(logits) else reference).sample(logits, temperature, top_p, draw)

@@ -1,10 +1,28 @@
-"""Triton decides at its import whether it compiles kernels or interprets them: without a CUDA device it interprets."""
+"""Triton's interpreter at twice its speed."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from typing import Any
 
-import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+def patch_once() -> None:
+    """The interpreter patches triton.language anew for every call of a helper. Here it stays patched: nothing is
+    compiled in this process."""
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+
+    def once(fn: Any) -> Any:
+        seen = frozenset(name for name in ("tl", "core") if name in fn.__globals__)
+        if seen not in done:
+            done.add(seen)
+            patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
+
+
+if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+    patch_once()

@@ -20,13 +20,19 @@ from torch import Tensor
 from dsv4 import numerics
 from dsv4.kernels import triton as ours
 
-pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton)")
+pytest.importorskip("triton", reason="triton is not installed (script/setup dev installs it on Linux x86-64)")
 
 SHARED_MEMORY = 163 * 1024
 """Bytes a program may use on compute capability 8.0; 9.0 has 227 KiB."""
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 DONE: set[str] = set()
-NAMES = "_round _linear _enter _leave _add_up _score _collect _attend _logits _maps _mix _norm _rotate _pool".split()
+NAMES = (
+    "_round _linear _enter _leave _add_up _score _collect _attend _logits _maps _mix _norm _rotate _project _pool "
+    "_kv_row _index_row _route _total _odds _likely _sample"
+).split()
 
 
 def test_every_kernel_compiles_for_a_gpu(root: Path, tmp_path: Path) -> None:
@@ -64,12 +70,13 @@ def compile_instead(kernel: Any, *args: Any, grid: object, warmup: bool, **keywo
     if key in DONE:
         return
     DONE.add(key)
-    built = compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32))
+    options = {"num_warps": keywords["num_warps"]} if "num_warps" in keywords else {}
+    built = compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.fn.__name__, built.metadata.shared)
 
 
 def flash(tokens: int) -> None:
-    """Every kernel once, as V4-Flash launches it for one token; the products also for many."""
+    """Every kernel once, as V4-Flash launches it for one token; the largest products also for many."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -80,7 +87,10 @@ def flash(tokens: int) -> None:
     def packed(form: numerics.Format, *shapes: tuple[int, ...]) -> list[numerics.Packed]:
         return [numerics.Packed.empty(shape, form, device="meta") for shape in shapes]
 
-    ours.linear.packed_linear(empty(tokens, 4096), *packed(numerics.FP8, (1024, 4096)))
+    def project(dtype: torch.dtype) -> None:
+        x, position, ape = empty(1, tokens, 4096, dtype=dtype), empty(1, tokens, dtype=torch.int64), wide(4, 1024)
+        ours.compress.project(x, *(empty(1024, 4096, dtype=dtype) for _ in range(2)), ape, position, 512)
+
     ours.linear.packed_linear(empty(tokens, 4096), *packed(numerics.FP8_BASE, (1024, 4096)))
     ours.linear.grouped_linear(empty(tokens, 8, 4096), *packed(numerics.FP8, (8192, 4096)))
     ours.linear.linear(wide(tokens, 4096), wide(1024, 4096))
@@ -88,9 +98,12 @@ def flash(tokens: int) -> None:
     routes = empty(tokens, 6, dtype=torch.int64), wide(tokens, 6)
     for form in (numerics.FP4, numerics.FP8_BASE):
         ours.experts.packed_experts(empty(tokens, 4096), *routes, *packed(form, *shapes), 10.0)
-    ours.experts.routed_experts(empty(tokens, 4096), *routes, *(empty(*shape) for shape in shapes), 10.0)
+    project(torch.bfloat16)
     if tokens > 1:  # only products have other tiles for many rows
         return
+    project(torch.float32)
+    ours.linear.packed_linear(empty(tokens, 4096), *packed(numerics.FP8, (1024, 4096)))
+    ours.experts.routed_experts(empty(tokens, 4096), *routes, *(empty(*shape) for shape in shapes), 10.0)
     low, high = empty(1, tokens, dtype=torch.int64), empty(1, tokens, dtype=torch.int64)
     picked = ours.attend.choose(empty(1, tokens, 64, 128), wide(1, tokens, 64), empty(1, 16384, 128), low, high, 512)
     first, last = empty(1, tokens, dtype=torch.int32), empty(1, tokens, dtype=torch.int32)
@@ -105,6 +118,12 @@ def flash(tokens: int) -> None:
     ours.norm.rotate(q, empty(1, tokens, 1, 32, dtype=torch.complex64))
     for slots in (8, 128):
         ours.compress.pool(wide(1, tokens, slots, 512), wide(1, tokens, slots, 512))
+    for dtype in (torch.float32, torch.bfloat16):
+        ours.rows.kv_row(empty(1, tokens, 512, dtype=dtype), 64)
+        ours.rows.index_row(empty(1, tokens, 64, 128, dtype=dtype))
+    ours.route.route(wide(tokens, 256), wide(256), None, 6, 1.5)
+    ours.route.route(wide(tokens, 256), None, empty(tokens, 6, dtype=torch.int64), 6, 1.5)
+    ours.sample.sample(wide(tokens, 129280), *(empty(tokens, dtype=torch.float64) for _ in range(3)))
 
 
 if __name__ == "__main__":

@@ -11,31 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv4 import numerics
 from dsv4.kernels import reference
 from dsv4.kernels import triton as ours
+from tests.kernels_triton.tensors import DEVICE, DTYPES, few, fewer, near, normal
 
-pytest.importorskip("triton", reason="triton is not installed (pip install --no-deps triton)")
+pytest.importorskip("triton", reason="triton is not installed (script/setup dev installs it on Linux x86-64)")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 FORMS = st.sampled_from([numerics.FP4, numerics.FP8, numerics.FP8_BASE])
-few = settings(max_examples=6)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def near(result: Tensor, wanted: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
-    """Within 1e-6 of the largest float64 value, or so many roundings of it to bf16."""
-    bound = 2e-6 if dtype == torch.float32 else roundings * 2**-8
-    error = (result.double() - wanted).abs().max()
-    assert error <= bound * wanted.abs().max().clamp(min=1), (error, wanted.abs().max())
 
 
 def packed(shape: tuple[int, ...], form: numerics.Format, seed: int, spread: int = 14) -> numerics.Packed:
@@ -121,7 +108,7 @@ def test_experts(rows: int, inner: int, width: int, experts: int, dtype: torch.d
     near(result, reference.routed_experts(wide[0], chosen, weights.double(), *wide[1:], 0.3), dtype, 2)
 
 
-@few
+@fewer
 @given(st.integers(1, 40), st.integers(1, 4), FORMS)
 def test_packed_experts(rows: int, choices: int, form: numerics.Format) -> None:
     """Against the specification; an input of the second product may fall on the other side of a rounding edge."""
@@ -206,7 +193,7 @@ def test_attention(tokens: int, entries: int, heads: int, dim: int, k: int, dtyp
             near(out[b, t], torch.softmax(logits, 1)[:, :-1] @ seen, dtype, roundings=2)
 
 
-@few
+@fewer
 @given(st.integers(1, 20), st.sampled_from([1, 7, 100, 600]), st.sampled_from([2, 3, 4]), DTYPES)
 def test_hyper_connections(rows: int, dim: int, n: int, dtype: torch.dtype) -> None:
     """The normalisation's passes, each division with its eps, in float64; few passes show when one is missing."""
@@ -224,8 +211,8 @@ def test_hyper_connections(rows: int, dim: int, n: int, dtype: torch.dtype) -> N
     near(left, maps[1].double()[..., None] * y.double()[:, None] + mixed, dtype)
 
 
-@few
-@given(st.integers(1, 90), st.sampled_from([1, 7, 130]), st.sampled_from([1, 3, 4]), DTYPES)
+@fewer
+@given(st.integers(1, 40), st.sampled_from([1, 7, 130]), st.sampled_from([1, 3, 4]), DTYPES)
 def test_gradients_of_hyper_connections(rows: int, dim: int, n: int, dtype: torch.dtype) -> None:
     """Of every input, against autograd through the float64 lines."""
     size = (2 + n) * n
@@ -276,8 +263,8 @@ def exact_enter(
     return [torch.einsum("mj,mjd->md", pre, x), post, c]
 
 
-@few
-@given(st.integers(1, 40), st.integers(1, 3), st.sampled_from([(8, 4), (32, 3), (6, 3), (7, 2), (1500, 32)]), DTYPES)
+@fewer
+@given(st.integers(1, 20), st.integers(1, 3), st.sampled_from([(8, 4), (32, 3), (6, 3), (7, 2), (1500, 32)]), DTYPES)
 def test_norm_and_rotation(rows: int, heads: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     width, pairs = shape
     x, weight = normal(2, rows, heads, width, dtype=dtype), normal(width, seed=1)

@@ -22,7 +22,7 @@ from torch import Tensor
 EXACT = os.environ.get("DSV4_EXACT", "0") not in ("", "0")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs the kernels on the CPU, slowly: for tests (with DSV4_KERNELS=triton, through the model)."""
-_MODULES = ("attend", "compress", "experts", "hyper_connections", "linear", "norm")
+_MODULES = "attend compress experts hyper_connections linear norm route rows sample".split()
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.triton import EXACT
-from dsv4.kernels.triton.tiles import cast, multiply, parts, stored, tile
+from dsv4.kernels.triton.tiles import cast, multiply, parts, stored, tile, to_e4m3
 from dsv4.numerics import ACTIVATION, Packed
 
 
@@ -77,12 +77,4 @@ def _round(x, y, count, width, blocks, floor, M: tl.constexpr, K: tl.constexpr):
     there = (item < count)[:, None] & (channel < width)
     at = (item // blocks).to(tl.int64)[:, None] * width + channel
     value = tl.load(x + at, mask=there, other=0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(value), 1), floor).to(tl.int32, bitcast=True)
-    # The smallest power of two with largest <= 448 * it: 448 = 1.75 * 2^8, so a mantissa above 1.75 needs one more.
-    power = ((largest + 0x1FFFFF) >> 23) - 8
-    value = value * ((254 - power) << 23).to(tl.float32, bitcast=True)[:, None]
-    # To the nearest multiple of 2^-3 of its own power of two, or of 2^-9 below 2^-6; the sum rounds ties to even.
-    own = tl.maximum((value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 2.0**-6)
-    push = own * (1.5 * 2.0**20)
-    value = ((value + push) - push) * (power << 23).to(tl.float32, bitcast=True)[:, None]
-    tl.store(y + at, value.to(tl.bfloat16), mask=there)
+    tl.store(y + at, to_e4m3(value, floor).to(tl.bfloat16), mask=there)

@@ -51,6 +51,27 @@ def cast(value, kind: tl.constexpr):
 
 
 @triton.jit
+def to_e4m3(value, floor):
+    """float32 [M, K] rounded to E4M3 under one power of two per row, of which the largest counts as ``floor`` at least;
+    to the bit what `numerics.rounded` gives, the sign of zero included."""
+    largest = tl.maximum(tl.max(tl.abs(value), 1), floor).to(tl.int32, bitcast=True)
+    # The smallest power of two with largest <= 448 * it: 448 = 1.75 * 2^8, so a mantissa above 1.75 needs one more.
+    power = ((largest + 0x1FFFFF) >> 23) - 8
+    size = tl.abs(value) * ((254 - power) << 23).to(tl.float32, bitcast=True)[:, None]
+    # To the nearest multiple of 2^-3 of its own power of two, or of 2^-9 below 2^-6; the sum rounds ties to even.
+    own = tl.maximum((size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 2.0**-6)
+    push = own * 2.0**20
+    return signed(((size + push) - push) * (power << 23).to(tl.float32, bitcast=True)[:, None], value)
+
+
+@triton.jit
+def signed(size, value):
+    """A magnitude with the sign of ``value``, both float32."""
+    sign = value.to(tl.int32, bitcast=True) & -0x80000000
+    return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def e4m3(byte):
     """FP8 bytes -> float32: exponent and mantissa moved into place, the exponents' biases made equal by a product."""
     bits = byte.to(tl.int32)
