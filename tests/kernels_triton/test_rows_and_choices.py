@@ -160,12 +160,13 @@ def test_temperature_zero() -> None:
 
 
 def test_an_impossible_token_is_not_chosen() -> None:
-    """The largest draw there is falls on the last token that can be chosen, in a row whose last ones cannot."""
+    """A draw at the very end (even 1, which is none) falls on a token that can be chosen: the last ones cannot."""
     logits = normal(3, 1030)
     logits[:, 1000:] = -INFINITE
     for top_p in (0.5, 1.0):
-        numbers = (torch.full((3,), v, dtype=torch.float64) for v in (1.0, top_p, 1 - 2**-53))
-        assert (ours.sample.sample(logits, *numbers) < 1000).all()
+        draw = torch.tensor([0.999, 1 - 2**-53, 1], dtype=torch.float64)
+        found = ours.sample.sample(logits, torch.ones_like(draw), torch.full_like(draw, top_p), draw)
+        assert (found < 1000).all()
 
 
 def test_a_row_does_not_know_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
