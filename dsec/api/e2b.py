@@ -4,7 +4,7 @@
 
 A template names an image ("base" is `host`). Commands speak Connect's JSON form: unary calls are plain JSON, streams
 are envelopes of one flag byte, u32 length (big-endian), JSON. Not there: templates, volumes, logs, changing
-the network, and the watchers that are polled (E2B's synchronous watch_dir).
+the network.
 """
 
 from __future__ import annotations
@@ -262,6 +262,11 @@ async def watch_dir(request: Request, key: User, service: Serve) -> Response:
     return StreamingResponse(changes(service, key.project, args), media_type="application/connect+json")
 
 
+def change(line: bytes) -> Json:
+    """A line of watch.h in E2B's words."""
+    return {"name": line[2:].decode("utf-8", "replace"), "type": f"EVENT_TYPE_{EVENTS[chr(line[0])].upper()}"}
+
+
 async def changes(service: Service, project: str, args: Json) -> AsyncIterator[bytes]:
     """What changes in a folder, as envelopes, until the client goes."""
     number, rest = None, b""
@@ -272,8 +277,7 @@ async def changes(service: Service, project: str, args: Json) -> AsyncIterator[b
         async for kind, data in service.stream(project, "commands.connect", follow | {"command": number}):
             *lines, rest = (rest + data).split(b"\0") if kind == "stdout" else [rest]
             for line in lines:
-                name = line[2:].decode("utf-8", "replace")
-                yield envelope({"filesystem": {"name": name, "type": f"EVENT_TYPE_{EVENTS[chr(line[0])].upper()}"}})
+                yield envelope({"filesystem": change(line)})
         yield envelope({}, last=True)
     except DsecError as error:
         yield envelope({"error": wrong(error)}, last=True)
@@ -296,6 +300,16 @@ async def filesystem(method: str, body: Json, request: Request, key: User, servi
             answer = {"entries": [entry(each) for each in (await call("files.list", path=path))["entries"]]}
         elif method == "Remove":
             await call("files.remove", path=path)
+        elif method == "CreateWatcher":  # E2B's synchronous client asks for events; its other one uses WatchDir
+            watch = await call("files.watch", path=path, recursive=bool(body.get("recursive")))
+            answer = {"watcherId": str(watch["command"])}
+        elif method in ("GetWatcherEvents", "RemoveWatcher"):
+            args = {"id": box["id"], "command": watcher(body.get("watcherId"))}
+            if method == "RemoveWatcher":
+                await service.call(key.project, "commands.kill", args)
+            else:
+                _, lines = await service.call(key.project, "files.watched", args)
+                answer = {"events": [change(line) for line in lines.split(b"\0")[:-1]]}
         elif method in ("Stat", "MakeDir", "Move"):
             if method == "MakeDir" and not (await call("files.make_dir", path=path))["made"]:
                 return JSONResponse({"code": "already_exists", "message": path}, 409)
@@ -308,6 +322,12 @@ async def filesystem(method: str, body: Json, request: Request, key: User, servi
         return JSONResponse(answer)
     except DsecError as error:
         return JSONResponse(wrong(error), error.status)
+
+
+def watcher(text: Any) -> int:
+    if not str(text).isdecimal():
+        raise NotFound(f"no watcher {text!r:.100}")
+    return int(text)
 
 
 def wrong(error: DsecError) -> Json:

@@ -77,7 +77,8 @@ class Ports:
         assert task is not None
         self._open.add(task)
         try:
-            await self._serve(reader, writer)
+            if len(self._open) <= 2 * MOST:  # beyond that nobody is even heard
+                await self._serve(reader, writer)
         except (OSError, EOFError, asyncio.LimitOverrunError, TimeoutError):
             pass  # it went away, or said nothing that is a head in time
         except asyncio.CancelledError:  # the server closes; nobody awaits this task but `close`

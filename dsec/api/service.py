@@ -50,7 +50,7 @@ HOT = 2.0
 EDGE_OPS = frozenset(
     "connect info kill get_host set_timeout pause resume metrics snapshot log_snapshot fork call commands.run"
     " commands.start commands.list commands.kill commands.send_stdin commands.resize files.read files.write files.list"
-    " files.get_info files.remove files.rename files.make_dir files.watch files.url".split()
+    " files.get_info files.remove files.rename files.make_dir files.watch files.url files.watched".split()
 )
 STREAMS = frozenset({"commands.run", "commands.connect"})
 NOWHERE = 1e18

@@ -31,6 +31,8 @@ class Command:
         self.text, self.step = text, step
         self.started = time.time()
         self.output: list[tuple[bytes, bytes]] = []
+        self.told, self.rest = 0, b""
+        """Of a watch that is asked: how much of the output was told, and the start of a line that is not yet whole."""
         self.process: Process | None = None
         self.result: asyncio.Future[CommandResult] = asyncio.get_running_loop().create_future()
         self.result.add_done_callback(lambda done: done.cancelled() or done.exception())

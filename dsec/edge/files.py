@@ -124,6 +124,17 @@ class FileOperations(ABC):
             await started.result
         return {"command": started.id}
 
+    async def op_files_watched(self, id: str, command: int) -> bytes:
+        """The lines of a watch since this was last asked. When there are no more: what ended it, or NotFound."""
+        watch = self._box(id).command(command)
+        fresh = watch.rest + b"".join(data for _, data in watch.output[watch.told :])
+        watch.told = len(watch.output)
+        lines, end, watch.rest = fresh.rpartition(b"\0")
+        if not lines and watch.result.done():
+            watch.result.result()  # raises what ended it, if anything did
+            raise NotFound("the watch has ended")
+        return lines + end
+
 
 def sync_tree(folder: Path) -> None:
     """Makes a small finished tree durable: its files, then its folders."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,6 +136,22 @@ def test_watching_a_folder(box: Any, options: dict[str, Any]) -> None:
         raise AssertionError("the watch goes on although nobody listens")
 
     asyncio.run(body())
+
+
+def test_watching_by_asking(box: Any) -> None:
+    handle = box.files.watch_dir("/tmp", recursive=True)
+    assert handle.get_new_events() == []
+    box.files.write("/tmp/f", "x")
+    seen: list[Any] = []
+    for _ in range(200):
+        seen += [(each.name, each.type) for each in handle.get_new_events()]
+        if ("f", e2b.FilesystemEventType.WRITE) in seen:
+            break
+        time.sleep(0.02)
+    assert seen.count(("f", e2b.FilesystemEventType.CREATE)) == 1, seen
+    handle.stop()
+    with pytest.raises(e2b.SandboxException):
+        handle.get_new_events()
 
 
 def test_ports(cluster: Cluster, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

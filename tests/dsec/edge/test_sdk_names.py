@@ -239,6 +239,29 @@ def test_watching_a_folder(box: Any) -> None:
             flat.get_new_events()
 
 
+def test_a_watch_tells_each_line_once(root_host: Host) -> None:
+    """Whoever asks for events, as E2B's synchronous client does over HTTP."""
+
+    async def body() -> None:
+        box = await AsyncSandbox.create(timeout=60, transport=root_host.transport())
+        ask = box._transport.call
+        watch = {"id": box.id, "command": (await ask("files.watch", {"id": box.id, "path": "/tmp"}))[0]["command"]}
+        seen = b""
+        for name in ("a", "b"):
+            await box.files.write(f"/tmp/{name}", "x")
+            while f"w {name}\0".encode() not in seen:
+                seen += (await ask("files.watched", watch))[1]
+        assert seen.count(b"c a\0") == seen.count(b"c b\0") == 1
+        await box.commands.kill(watch["command"])
+        with pytest.raises(NotFound, match="the watch has ended"):
+            for _ in range(1000):
+                await ask("files.watched", watch)
+        await box.kill()
+        await box._transport.close()
+
+    asyncio.run(body())
+
+
 def watched(handle: Any, last: tuple[str, str]) -> set[tuple[str, str]]:
     """Events until one comes."""
     seen: set[tuple[str, str]] = set()
