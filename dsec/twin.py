@@ -111,7 +111,6 @@ class Page(_Page):
         return list(_wait(self._next(), queue.SimpleQueue()))
 
 
-_T = TypeVar("_T")
 _TWINS: dict[type, type] = {}
 
 
@@ -194,7 +193,7 @@ def _pulled(pieces: Any) -> Iterator[Any]:
 
 def _spoken(name: str, value: Any) -> Any:
     """A callback as the loop calls it: in the thread of whichever call is going on then (a handle keeps callbacks)."""
-    if name == "on_event" or name == "on_exit":
+    if name in ("on_event", "on_exit"):
         raise InvalidRequest(f"{name} is for AsyncSandbox; here the handle's get_new_events() tells")
     return lambda text: _said.get().put((value, text))
 
@@ -233,7 +232,7 @@ class _EitherTwin:
         return call
 
 
-def twin(core: type[_T], name: str) -> Any:
+def twin(core: type[T], name: str) -> Any:
     """The synchronous class of an asynchronous one."""
     body: dict[str, Any] = {"__doc__": core.__doc__, "_core": core, "__module__": __name__}
 
@@ -246,7 +245,7 @@ def twin(core: type[_T], name: str) -> Any:
         return self
 
     body["_of"] = classmethod(of)
-    body["__repr__"] = lambda self: f"{name}({self.id!r})"
+    body["__repr__"] = lambda self: f"{name}({getattr(self, 'id', '')!r})"
     for base in reversed(core.__mro__):
         for key, value in vars(base).items():
             plain = value.__func__ if isinstance(value, classmethod) else value
