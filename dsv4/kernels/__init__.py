@@ -38,6 +38,7 @@ __all__ = [
     "grouped_linear",
     "hc_enter",
     "hc_leave",
+    "index_queries",
     "index_row",
     "joint_attention",
     "kv_row",
@@ -131,6 +132,17 @@ def attention_output(o: Tensor, wo_a: Any, wo_b: Any, angles: Tensor, groups: in
     if _triton.usable(o) or not _cpu_decode.usable(o.flatten(-2), wo_a, wo_b):
         return None
     return _cpu_decode.attention_output(o, wo_a, wo_b, angles, groups)
+
+
+def index_queries(
+    h: Tensor, latent: Tensor, wq_b: Any, proj: Tensor, angles: Tensor, size: float
+) -> tuple[Tensor, Tensor] | None:
+    """The indexer's queries [B, T, H, dim] of latent [B, T, rank], turned, and its heads' weights float32 [B, T, H] of
+    h [B, T, D] and proj [H, D], times ``size``, in one call; None where that is no faster than `linear` and `rotate`,
+    whose result it is to the bit."""
+    if _triton.usable(h) or not (_cpu_decode.usable(latent, wq_b) and _cpu_linear.plain(h, proj)):
+        return None
+    return _cpu_decode.index_queries(h, latent, wq_b, proj, angles, size)
 
 
 def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:

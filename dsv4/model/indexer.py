@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4.config import Config, Layer
-from dsv4.kernels import rotate
+from dsv4.kernels import index_queries, rotate
 from dsv4.model.compressor import Compressor
 from dsv4.model.layers import Linear, unrounded
 from dsv4.model.plan import Plan
@@ -34,9 +34,12 @@ class Indexer(nn.Module):
     def queries(self, h: Tensor, latent: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """h [B, T, D], latent [B, T, q_lora_rank] (the attention's own) -> queries [B, T, heads, dim], weights
         float32 [B, T, heads]."""
-        q = self.wq_b(latent).unflatten(-1, (self.heads, self.dim))
-        weights = self.weights_proj(h).float() * (self.dim**-0.5 * self.heads**-0.5)  # raw: may be negative
-        return self.round(rotate(q, angles.unsqueeze(-2))), weights
+        size = self.dim**-0.5 * self.heads**-0.5
+        found = index_queries(h, latent, self.wq_b.weight, self.weights_proj.weight, angles, size)
+        if found is None:
+            q = self.wq_b(latent).unflatten(-1, (self.heads, self.dim))
+            found = rotate(q, angles.unsqueeze(-2)), self.weights_proj(h).float() * size  # raw: may be negative
+        return self.round(found[0]), found[1]
 
     @staticmethod
     def score(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:

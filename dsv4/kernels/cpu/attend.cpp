@@ -25,6 +25,22 @@ template <class S>
 inline void block_dots(const S* q, long stride, const uint32_t* keys, const uint32_t* more, long w, vec* dot) {
     typedef Chunk<S> X;
     constexpr long step = 4 / sizeof(S);
+#ifdef LANES_AVX2
+    for (int part = 0; part < 4; part++) {  // four heads with one of the blocks
+        const S *from = q + (part & 2) * 2 * stride, *at = (const S*)(part & 1 ? more : keys);
+        __m256 s[8] = {};
+        for (long k = 0; k < w; k++) {
+            const Half<S> x = Half<S>::take(at + k * 16 * step), y = Half<S>::take(at + k * 16 * step + 8 * step);
+#pragma GCC unroll 4
+            for (int h = 0; h < 4; h++) {
+                const Half<S> one = Half<S>::pair(from + h * stride + k * step);
+                s[2 * h] = mad(s[2 * h], one, x), s[2 * h + 1] = mad(s[2 * h + 1], one, y);
+            }
+        }
+        for (int i = 0; i < 8; i++) put_half(dot[(part & 2) * 4 + i / 2 * 2 + (part & 1)], i & 1, s[i]);
+    }
+    return;
+#endif
     vec sum[2 * HEADS] = {};
     for (long k = 0; k < w; k++) {
         X key[2];
@@ -207,6 +223,22 @@ struct Reader {
         }
         for (long h = 0; h < H; h += HEADS) {
             vec sum[HEADS][step] = {};
+#ifdef LANES_AVX2
+            for (int part = 0; part < 2 * step; part++) {  // four heads with one of the chunks
+                const int from = part / step * 4, s = part % step;
+                __m256 t[8] = {};
+                for (long i = 0; i < n; i += step) {
+                    const S* at = (const S*)&v[i + s];
+                    const Half<S> x = Half<S>::take(at), y = Half<S>::take(at + 8 * step);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        const Half<S> share = Half<S>::pair(p + (h + from + j) * wide + i);
+                        t[2 * j] = mad(t[2 * j], x, share), t[2 * j + 1] = mad(t[2 * j + 1], y, share);
+                    }
+                }
+                for (int i = 0; i < 8; i++) put_half(sum[from + i / 2][s], i & 1, t[i]);
+            }
+#else
             for (long i = 0; i < n; i += step)
 #pragma GCC unroll 8
                 for (int j = 0; j < HEADS; j++) {
@@ -214,6 +246,7 @@ struct Reader {
 #pragma GCC unroll 2
                     for (int s = 0; s < step; s++) sum[j][s] = Chunk<S>::mad(sum[j][s], v[i + s], share);
                 }
+#endif
             for (int j = 0; j < HEADS; j++)
                 for (int s = 0; s < step; s++) {
                     float lanes[16];

@@ -9,6 +9,7 @@ extern "C" {
 void norm_forward_bf16(const bf16* x, const float* w, bf16* y, float* r, long begin, long end, long C, float eps);
 void turn_bf16(const bf16* x, const float* angles, bf16* y, long begin, long end, long C, long R, long repeat, float sign);
 void rounded_linear_fp8_bf16(const bf16* x, const void* w, const void* scale, bf16* y, long M, long N, long K);
+void linear_bf16(const bf16* x, const void* w, const void* scale, bf16* y, long M, long N, long K, long G);
 void linear_fp8_bf16(const bf16* x, const void* w, const void* scale, bf16* y, long M, long N, long K, long G);
 
 // h [M, D] -> latent [M, rank], q [M, H, d], kv [M, d]; angles as (cos, sin) pairs [M, R].
@@ -26,6 +27,17 @@ void attention_inputs_bf16(const bf16* h, const void* wq_a, const void* wq_a_sca
     rounded_linear_fp8_bf16(h, wkv, wkv_scale, first, M, d, D);
     norm_forward_bf16(first, kv_norm, second, r.data(), 0, M, d, eps);
     turn_bf16(second, angles, kv, 0, M, d, R, 1, 1);
+}
+
+// The indexer's queries of latent [M, rank], turned: q [M, H, d]; and what weighs its heads, of h [M, D]: weights [M, H] times size.
+void index_queries_bf16(const bf16* h, const bf16* latent, const void* wq_b, const void* wq_b_scale, const bf16* proj, const float* angles,
+                        bf16* q, float* weights, long M, long D, long rank, long H, long d, long R, float size) {
+    std::vector<bf16> room(M * H * (d + 1));
+    bf16 *first = room.data(), *low = first + M * H * d;
+    rounded_linear_fp8_bf16(latent, wq_b, wq_b_scale, first, M, H * d, rank);
+    turn_bf16(first, angles, q, 0, M * H, d, R, H, 1);
+    linear_bf16(h, proj, nullptr, low, M, H, D, 1);
+    for (long i = 0; i < M * H; i++) weights[i] = load(low, i) * size;
 }
 
 // o [M, H, d] turned back, through G groups of wo_a [low, H / G d] and wo_b [D, G low] -> out [M, D].

@@ -37,6 +37,19 @@ def attention_inputs(
     return latent, q, kv
 
 
+def index_queries(
+    h: Tensor, latent: Tensor, wq_b: Packed, proj: Tensor, angles: Tensor, size: float
+) -> tuple[Tensor, Tensor]:
+    """See `dsv4.kernels.index_queries`."""
+    (heads, width), (out, rank), lead = proj.shape, wq_b.shape, h.shape[:-1]
+    h, latent, dim = h.contiguous(), latent.contiguous(), out // heads
+    q, weights = h.new_empty(*lead, heads, dim), torch.empty(*lead, heads)
+    sizes = (lead.numel(), width, rank, heads, dim, angles.shape[-1])
+    matrices = wq_b.elements, powers(wq_b), proj
+    call("index_queries", h.dtype, h, latent, *matrices, _table(angles), q, weights, *sizes, size)
+    return q, weights
+
+
 def attention_output(o: Tensor, wo_a: Packed, wo_b: Packed, angles: Tensor, groups: int) -> Tensor:
     """See `dsv4.kernels.attention_output`."""
     o, (*lead, heads, dim) = o.contiguous(), o.shape

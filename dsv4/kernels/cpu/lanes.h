@@ -57,6 +57,33 @@ template <> struct Chunk<bf16> {
     }
 };
 
+#ifdef LANES_AVX2
+// Half a chunk: eight of its lanes as float, a bf16 pair as its high and its low one. Sixteen registers hold no sixteen sums of
+// sixteen lanes, so loops below take eight sums of eight lanes at a time; a lane's order of addition stays that of `Chunk`.
+template <class S> struct Half;
+template <> struct Half<float> {
+    static constexpr int parts = 1;
+    __m256 v[1];
+    static Half take(const float* p) { return {{_mm256_loadu_ps(p)}}; }
+    static Half pair(const float* p) { return {{_mm256_broadcast_ss(p)}}; }
+};
+template <> struct Half<bf16> {
+    static constexpr int parts = 2;
+    __m256 v[2];
+    static Half of(__m256i b) {
+        return {{_mm256_castsi256_ps(_mm256_and_si256(b, _mm256_set1_epi32(int(0xffff0000)))), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))}};
+    }
+    static Half take(const bf16* p) { return of(_mm256_loadu_si256((const __m256i*)p)); }
+    static Half pair(const bf16* p) { int u; memcpy(&u, p, 4); return of(_mm256_set1_epi32(u)); }
+};
+template <class S> inline __m256 mad(__m256 sum, const Half<S>& a, const Half<S>& b) {
+    for (int i = 0; i < Half<S>::parts; i++) sum = _mm256_fmadd_ps(a.v[i], b.v[i], sum);
+    return sum;
+}
+inline __m256 half_of(const vec& v, int h) { return _mm256_loadu_ps((const float*)&v + 8 * h); }
+inline void put_half(vec& v, int h, __m256 x) { _mm256_storeu_ps((float*)&v + 8 * h, x); }
+#endif
+
 // The sums over lanes of 16 vectors, as one vector. Each vector's tree is the same whatever its place.
 inline vec lane_sums(vec* a) {
     typedef int32_t m __attribute__((vector_size(64)));
@@ -81,11 +108,27 @@ APART vec dots(const S* a, const S* const* b, long K) {
     typedef Chunk<S> X;
     vec sum[16] = {};
     long k = 0;
+#ifdef LANES_AVX2
+    const long half = X::step / 2, whole = K / X::step * X::step;
+    for (int c = 0; c < 16; c += 4) {
+        __m256 s[8] = {};
+        for (k = 0; k < whole; k += X::step) {
+            const Half<S> x = Half<S>::take(a + k), y = Half<S>::take(a + k + half);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                s[2 * i] = mad(s[2 * i], x, Half<S>::take(b[c + i] + k));
+                s[2 * i + 1] = mad(s[2 * i + 1], y, Half<S>::take(b[c + i] + k + half));
+            }
+        }
+        for (int i = 0; i < 8; i++) put_half(sum[c + i / 2], i & 1, s[i]);
+    }
+#else
     for (; k + X::step <= K; k += X::step) {
         X x = X::take(a + k);
 #pragma GCC unroll 16
         for (int c = 0; c < 16; c++) sum[c] = X::mad(sum[c], x, X::take(b[c] + k));
     }
+#endif
     if (k < K) {
         X x = X::take(a + k, K - k);
         for (int c = 0; c < 16; c++) sum[c] = X::mad(sum[c], x, X::take(b[c] + k, K - k));
@@ -130,6 +173,28 @@ APART vec dots4x4(const S* a, const S* b, long size) {
     }
     return lane_sums(sum);
 }
+
+#ifdef LANES_AVX2
+// The same for a stretch of `size` elements of both groups, added to what the sums are so far.
+template <class S>
+APART void add4x4(const S* a, const S* b, long size, vec* sum) {
+    const long row = Chunk<S>::step;
+    for (int part = 0; part < 4; part++) {
+        const int h = part & 1, r = part & 2;
+        __m256 s[8];
+        for (int i = 0; i < 8; i++) s[i] = half_of(sum[4 * r + i], h);
+        for (long k = h * row / 2; k < size; k += 4 * row) {
+            const Half<S> x = Half<S>::take(a + k + r * row), y = Half<S>::take(a + k + (r + 1) * row);
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) {
+                const Half<S> z = Half<S>::take(b + k + c * row);
+                s[c] = mad(s[c], x, z), s[4 + c] = mad(s[4 + c], y, z);
+            }
+        }
+        for (int i = 0; i < 8; i++) put_half(sum[4 * r + i], h, s[i]);
+    }
+}
+#endif
 
 // exp for x <= 0, about 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2].
 inline vec exp16(vec x) {

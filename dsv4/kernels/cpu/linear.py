@@ -1,20 +1,22 @@
 """Linear layers and experts in C++: any number of rows, and a row's result never depends on the others.
 
 One pass over the weights when there are few rows (decoding: the memory's bandwidth), blocks that stay in the caches
-when there are many. torch's own product wins for many rows in bfloat16, so `usable` leaves those to it unless
-DSV4_EXACT asks for results that are the same to the bit in every batch.
+when there are many. Where the processor has bfloat16 instructions torch's own product wins for many rows, so `usable`
+leaves those to it unless DSV4_EXACT asks for results that are the same to the bit in every batch.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv4.kernels.cpu.library import call, library
+from dsv4.kernels.cpu.library import call, levels, library
 from dsv4.numerics import Packed
 
 _MANY, _COPY = 48, 256
@@ -31,12 +33,18 @@ def plain(x: Tensor, *weights: Tensor) -> bool:
 
 def usable(x: Tensor, weight: Tensor) -> bool:
     """`plain`, and faster than torch."""
-    return not many(x) and plain(x, weight)
+    return plain(x, weight) and not many(x)
 
 
 def many(x: Tensor) -> bool:
     """So many rows that torch's product is faster."""
-    return x.dtype == torch.bfloat16 and x.numel() >= _MANY * x.shape[-1] and not EXACT
+    return x.dtype == torch.bfloat16 and x.numel() >= _MANY * x.shape[-1] and not EXACT and _torch_multiplies()
+
+
+@cache
+def _torch_multiplies() -> bool:
+    """Whether torch's bfloat16 product is worth waiting for: without AVX-512 it reaches a fifth of ours."""
+    return platform.machine() not in ("x86_64", "AMD64") or library() is None or "avx512" in levels()
 
 
 def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
@@ -167,7 +175,7 @@ def packed_linear(x: Tensor, weight: Packed) -> Tensor:
 
 def worth_a_copy(x: Tensor) -> bool:
     """So many rows that torch's product and an expanded weight are faster."""
-    return x.dtype == torch.bfloat16 and x.numel() >= _COPY * x.shape[-1] and not EXACT
+    return x.dtype == torch.bfloat16 and x.numel() >= _COPY * x.shape[-1] and not EXACT and _torch_multiplies()
 
 
 def expanded(weight: Packed) -> Tensor:

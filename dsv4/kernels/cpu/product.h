@@ -19,6 +19,25 @@ S* scratch(int which, long count) {
     return (S*)((uintptr_t(hold[which].data()) + 63) & ~uintptr_t(63));
 }
 
+#ifdef LANES_AVX2
+// R groups of x and C of the weight, 4 rows each, stretch by stretch, so that those stretches stay in the first-level cache.
+constexpr long SIDE = 2;  // at most
+template <class W, class S>
+inline void groups(const S* a, const S* b, long size, long, long R, long C, vec (*out)[SIDE]) {
+    vec sum[SIDE][SIDE][16] = {};
+    const long stretch = 4 * 24 * Chunk<S>::step;
+    for (long from = 0; from < size; from += stretch)
+        for (long r = 0; r < R; r++)
+            for (long c = 0; c < C; c++) add4x4(a + r * size + from, b + c * size + from, std::min(stretch, size - from), sum[r][c]);
+    for (long r = 0; r < R; r++)
+        for (long c = 0; c < C; c++) out[r][c] = lane_sums(sum[r][c]);
+}
+#else
+constexpr long SIDE = 1;
+template <class W, class S>
+inline void groups(const S* a, const S* b, long, long K, long, long, vec (*out)[SIDE]) { out[0][0] = W::dots4x4(a, b, K); }
+#endif
+
 #ifdef TILES
 template <class W, class Row, class Emit>
 inline void tile_product(Row row, const W& w, long m0, long m1, long n0, long n1, Emit emit) {
@@ -85,20 +104,26 @@ inline void product(Row row, const W& w, long m0, long m1, long n0, long n1, Emi
             continue;
         }
         // A panel of the weight stays in the first-level cache, the block of x in the second.
-        const long panel = std::max<long>(1, PANEL / (size * sizeof(S)));
-        S *a = scratch<S>(0, wide * BLOCK / 4), *b = scratch<S>(1, size * panel);
+        const long panel = std::max<long>(SIDE, PANEL / (size * sizeof(S)) / SIDE * SIDE);
+        S *a = scratch<S>(0, wide * (BLOCK / 4)), *b = scratch<S>(1, size * panel);
         for (long m = mb; m < top; m += 4) {
             for (int r = 0; r < 4; r++) rows[r] = seen(std::min(m + r, top - 1), r);
             pack_rows<4>(rows, a + (m - mb) / 4 * wide, K);
         }
         for (long np = n0; np < n1; np += 4 * panel) {
-            long end = std::min(np + 4 * panel, n1);
+            const long end = std::min(np + 4 * panel, n1);
             for (long n = np; n < end; n += 4) w.group(n, n1, b + (n - np) / 4 * size);
-            for (long m = mb; m < top; m += 4)
-                for (long n = np; n < end; n += 4) {
-                    float s[16];
-                    store16(s, W::dots4x4(a + (m - mb) / 4 * wide, b + (n - np) / 4 * size, K));
-                    for (int r = 0; r < 4 && m + r < top; r++) emit(m + r, n, s + 4 * r, std::min(n1 - n, 4L));
+            for (long m = mb; m < top; m += 4 * SIDE)
+                for (long n = np; n < end; n += 4 * SIDE) {
+                    const long R = std::min((top - m + 3) / 4, SIDE), C = std::min((end - n + 3) / 4, SIDE);
+                    vec sums[SIDE][SIDE];
+                    groups<W>(a + (m - mb) / 4 * wide, b + (n - np) / 4 * size, size, K, R, C, sums);
+                    for (long g = 0; g < 4 * R && m + g < top; g++)
+                        for (long c = 0; c < C; c++) {
+                            float s[16];
+                            store16(s, sums[g / 4][c]);
+                            emit(m + g, n + 4 * c, s + 4 * (g & 3), std::min(n1 - n - 4 * c, 4L));
+                        }
                 }
         }
     }

@@ -7,6 +7,59 @@
 #pragma once
 #include "lanes.h"
 
+#ifdef LANES_AVX2
+// 32 packed elements as float: the high and the low ones of lanes 0 to 7, then of lanes 8 to 15 (`Half<bf16>`).
+struct Wide {
+    __m256 v[4];
+    static Wide of(const Chunk<bf16>& c) {
+        Wide w;
+        for (int h = 0; h < 2; h++) {
+            const Half<bf16> x = Half<bf16>::take((const bf16*)&c + 16 * h);
+            w.v[2 * h] = x.v[0], w.v[2 * h + 1] = x.v[1];
+        }
+        return w;
+    }
+    Chunk<bf16> chunk() const {  // its numbers are exact in bf16
+        Chunk<bf16> c;
+        for (int h = 0; h < 2; h++) {
+            const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(v[2 * h + 1]), 16);
+            _mm256_storeu_si256((__m256i*)&c + h, _mm256_or_si256(_mm256_castps_si256(v[2 * h]), low));
+        }
+        return c;
+    }
+};
+
+// a . rows p[0 .. 15] of K elements, `bytes` for 32 of them; take(p, r, block) makes those `Wide`. Four rows are read at a time.
+template <class Take>
+APART vec wide_dots(const bf16* a, const uint8_t* const* p, long K, long bytes, Take take) {
+    vec sum[16];
+    for (int c = 0; c < 16; c += 4) {
+        __m256 s[8] = {};
+        for (long b = 0; b < K >> 5; b++) {
+            const Wide x = Wide::of(Chunk<bf16>::take(a + 32 * b));
+            if ((b * bytes & 63) == 0)  // a row is too short for the processor to foresee the next four
+                for (int r = 0; r < 4; r++) __builtin_prefetch(p[c + r] + bytes * (b + (K >> 3)), 0, 2);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                const Wide w = take(p[c + r] + bytes * b, c + r, b);
+                s[2 * r] = _mm256_fmadd_ps(x.v[1], w.v[1], _mm256_fmadd_ps(x.v[0], w.v[0], s[2 * r]));
+                s[2 * r + 1] = _mm256_fmadd_ps(x.v[3], w.v[3], _mm256_fmadd_ps(x.v[2], w.v[2], s[2 * r + 1]));
+            }
+        }
+        for (int i = 0; i < 8; i++) put_half(sum[c + i / 2], i & 1, s[i]);
+    }
+    return lane_sums(sum);
+}
+// Whether all scales of 16 rows are so far from the ends of float that products with them are what `tables` says.
+inline bool moderate(const uint8_t* const* s, long count, int least, int most) {
+    uint8_t low = 255, high = 0;
+    for (int r = 0; r < 16; r++)
+        for (long i = 0; i < count; i++) low = std::min(low, s[r][i]), high = std::max(high, s[r][i]);
+    return low >= least && high <= most;
+}
+inline __m256 power(int exponent) { return _mm256_castsi256_ps(_mm256_set1_epi32(exponent << 23)); }  // biased
+#endif
+
 // Fetches what the next 16 rows hold at this place: 16 streams at once are too many for the processor to foresee.
 inline void ahead(const void* p, long row) { __builtin_prefetch((const char*)p + 16 * row, 0, 2); }
 
@@ -68,6 +121,19 @@ struct Fp4 {
     const uint8_t *w, *scale;
     long K;
     Fp4(const void* elements, const void* scale, long K) : w((const uint8_t*)elements), scale((const uint8_t*)scale), K(K) {}
+#ifdef LANES_AVX2
+    static constexpr int LEAST = 2, MOST = 251;
+    static Wide wide(const uint8_t* p, int s) {
+        // The high byte of a code's float16, whose low one is zero.
+        const __m128i codes = _mm_set_epi8(-58, -60, -62, -64, -66, -68, -72, -128, 0x46, 0x44, 0x42, 0x40, 0x3e, 0x3c, 0x38, 0);
+        const __m128i b = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15), zero = _mm_setzero_si128();
+        const __m128i even = _mm_shuffle_epi8(codes, _mm_and_si128(b, mask));
+        const __m128i odd = _mm_shuffle_epi8(codes, _mm_and_si128(_mm_srli_epi16(b, 4), mask));
+        const __m256 size = power(s);
+        return {{_mm256_mul_ps(_mm256_cvtph_ps(_mm_unpacklo_epi8(zero, odd)), size), _mm256_mul_ps(_mm256_cvtph_ps(_mm_unpacklo_epi8(zero, even)), size),
+                 _mm256_mul_ps(_mm256_cvtph_ps(_mm_unpackhi_epi8(zero, odd)), size), _mm256_mul_ps(_mm256_cvtph_ps(_mm_unpackhi_epi8(zero, even)), size)}};
+    }
+#endif
     static Chunk<bf16> take(const uint8_t* p, int s) {
         Chunk<bf16> c;
 #ifdef LANES_AVX512
@@ -76,21 +142,10 @@ struct Fp4 {
         __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
         b = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2424202004040000), b);
         c.v = (bits)_mm512_permutexvar_epi16(b, _mm512_load_si512(tables.fp4[s]));
-#elif defined(LANES_AVX2)
-        // A bf16 is made of two bytes, each from a table of 16.
-        const __m128i all = _mm_loadu_si128((const __m128i*)tables.fp4[s]), rest = _mm_loadu_si128((const __m128i*)tables.fp4[s] + 1);
-        const __m128i byte = _mm_set1_epi16(0xff);
-        const __m128i low = _mm_packus_epi16(_mm_and_si128(all, byte), _mm_and_si128(rest, byte));
-        const __m128i high = _mm_packus_epi16(_mm_srli_epi16(all, 8), _mm_srli_epi16(rest, 8));
-        __m128i b = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15), even = _mm_and_si128(b, mask);
-        __m128i odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask), out[4];
-        for (int half = 0; half < 2; half++) {
-            __m128i code = half ? _mm_unpackhi_epi8(even, odd) : _mm_unpacklo_epi8(even, odd);
-            __m128i l = _mm_shuffle_epi8(low, code), h = _mm_shuffle_epi8(high, code);
-            out[2 * half] = _mm_unpacklo_epi8(l, h), out[2 * half + 1] = _mm_unpackhi_epi8(l, h);
-        }
-        memcpy(&c, out, 64);
 #else
+#ifdef LANES_AVX2
+        if (s >= LEAST && s <= MOST) return wide(p, s).chunk();
+#endif
         uint16_t out[32];
         for (int i = 0; i < 32; i++) out[i] = tables.fp4[s][p[i >> 1] >> (i & 1) * 4 & 15];
         memcpy(&c, out, 64);
@@ -227,6 +282,9 @@ struct Fp4 {
             long row = std::min(n + r, end - 1);
             p[r] = w + (row * K >> 1), s[r] = scale + row * (K >> 5);
         }
+#ifdef LANES_AVX2
+        if (moderate(s, K >> 5, LEAST, MOST)) return wide_dots(a, p, K, 16, [&](const uint8_t* at, int r, long b) { return wide(at, s[r][b]); });
+#endif
         vec sum[16] = {};
         for (long b = 0; b < K >> 5; b++) {
             Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
@@ -245,9 +303,9 @@ struct Fp4 {
 struct Fp8 {
     typedef bf16 X;
     const uint8_t *w, *scale;
-    long K, wide;
+    long K, across;  // across: scales of a row
     Fp8(const void* elements, const void* scale, long K)
-        : w((const uint8_t*)elements), scale((const uint8_t*)scale), K(K), wide((K + 127) / 128) {}
+        : w((const uint8_t*)elements), scale((const uint8_t*)scale), K(K), across((K + 127) / 128) {}
 #ifdef LANES_AVX512
     struct Scale {  // the table of one scale, in registers
         __m512i high[2], low[2];
@@ -269,41 +327,38 @@ struct Fp8 {
     }
 #else
     typedef int Scale;
-    static Chunk<bf16> take(const uint8_t* p, int s) {
-        Chunk<bf16> c;
-#ifdef LANES_AVX2
-        if (s > 10 && s < 240) {
-            const __m256i tiny = _mm256_broadcastsi128_si256(_mm_set_epi16(0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0));
-            __m256i power = _mm256_set1_epi16(short((s - 127) << 7)), out[2];
-            for (int half = 0; half < 2; half++) {
-                __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * half)));
-                __m256i size = _mm256_and_si256(b, _mm256_set1_epi16(0x7f)), zero = _mm256_cmpeq_epi16(size, _mm256_setzero_si256());
-                __m256i v = _mm256_add_epi16(_mm256_slli_epi16(size, 4), _mm256_set1_epi16(120 << 7));
-                // below the smallest normal: m 2^-9
-                __m256i at = _mm256_add_epi16(_mm256_mullo_epi16(size, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
-                v = _mm256_blendv_epi8(_mm256_shuffle_epi8(tiny, at), v, _mm256_cmpgt_epi16(size, _mm256_set1_epi16(7)));
-                v = _mm256_add_epi16(v, _mm256_andnot_si256(zero, power));
-                out[half] = _mm256_or_si256(v, _mm256_and_si256(_mm256_slli_epi16(b, 8), _mm256_set1_epi16(short(0x8000))));
-            }
-            memcpy(&c, out, 64);
-            return c;
-        }
-#endif
+    static Chunk<bf16> looked_up(const uint8_t* p, int s) {
         uint16_t out[32];
         for (int i = 0; i < 32; i++) {
             int at = p[i] & 127;
             out[i] = uint16_t(tables.fp8[s][at >> 6][at & 63] << 8 | tables.fp8[s][2 + (at >> 6)][at & 63] | (p[i] & 128) << 8);
         }
+        Chunk<bf16> c;
         memcpy(&c, out, 64);
         return c;
     }
+#ifdef LANES_AVX2
+    // An E4M3 in a float16's place, 2^-8 of itself; the conversion to float knows its smallest numbers too.
+    static constexpr int LEAST = 11, MOST = 239;
+    static Wide wide(const uint8_t* p, int s) {
+        const __m256i b = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi16(short(0xbf80));
+        const __m256i odd = _mm256_and_si256(_mm256_srai_epi16(b, 1), mask);
+        const __m256i even = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(b, 8), 1), mask);
+        const __m256 size = power(s + 8);
+        return {{_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(odd)), size), _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(even)), size),
+                 _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)), size), _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)), size)}};
+    }
+    static Chunk<bf16> take(const uint8_t* p, int s) { return s >= LEAST && s <= MOST ? wide(p, s).chunk() : looked_up(p, s); }
+#else
+    static Chunk<bf16> take(const uint8_t* p, int s) { return looked_up(p, s); }
+#endif
     static void take2(const uint8_t* p, int s, Chunk<bf16>* c) { c[0] = take(p, s), c[1] = take(p + 32, s); }
 #endif
     template <long R> APART void pack(long n, long end, bf16* out) const {
         for (long k = 0; k < K; k += 64)
             for (int r = 0; r < R; r++) {
                 long row = std::min(n + r, end - 1);
-                Scale s(scale[row / 128 * wide + k / 128]);
+                Scale s(scale[row / 128 * across + k / 128]);
                 Chunk<bf16> c[2];
                 if (k + 64 <= K) take2(w + row * K + k, s, c), memcpy((void*)(out + 32 * (R + r)), &c[1], 64);
                 else c[0] = take(w + row * K + k, s);
@@ -343,8 +398,11 @@ struct Fp8 {
         const uint8_t *p[16], *s[16];
         for (int r = 0; r < 16; r++) {
             long row = std::min(n + r, end - 1);
-            p[r] = w + row * K, s[r] = scale + row / 128 * wide;
+            p[r] = w + row * K, s[r] = scale + row / 128 * across;
         }
+#ifdef LANES_AVX2
+        if (moderate(s, across, LEAST, MOST)) return wide_dots(a, p, K, 32, [&](const uint8_t* at, int r, long b) { return wide(at, s[r][b >> 2]); });
+#endif
         return s[0] == s[15] ? dots16<true>(a, p, s) : dots16<false>(a, p, s);
     }
     static constexpr bool ordered = false;
