@@ -230,12 +230,20 @@ class TrajectoryLog(Records):
         await self.append(branch, "OPEN", time=time.time(), **fields)
         return handle
 
-    def append(self, branch: Branch, type: str, payload: bytes = b"", **fields: Any) -> asyncio.Future[Place]:
-        """Queues a record; the future gives its place once it is durable, or LogFull, LogFailed, Fenced."""
+    def append(
+        self,
+        branch: Branch,
+        type: str,
+        payload: bytes = b"",
+        then: Callable[[Place | Exception], None] | None = None,
+        **fields: Any,
+    ) -> asyncio.Future[Place]:
+        """Queues a record; the future gives its place once it is durable, or LogFull, LogFailed, Fenced. `then` hears
+        the same before, even if the future is cancelled."""
         record = {"type": type, "trajectory": branch.trajectory, "branch": branch.name, "epoch": branch.epoch, **fields}
         header = keys.encode(record).encode("utf-8", "surrogatepass")
         mark = KINDS.index(type) | fields.get("step", 0) << 4
-        return self.writer.append(branch.stream, branch.epoch, mark, header, payload)
+        return self.writer.append(branch.stream, branch.epoch, mark, header, payload, then)
 
     # Results: JSON values in the header, bytes and long text as parts behind it or as blobs
 
@@ -303,8 +311,9 @@ class TrajectoryLog(Records):
 
     def _refused(self, streams: set[int]) -> dict[int, Exception]:
         """Called by the writer between fsync and acknowledgement: the branches that another Edge has taken over."""
-        others = sum(entry.is_dir() for entry in os.scandir(self.folder / "shards"))
-        if others == 1:  # a newcomer makes its shard before it takes an epoch
+        # A newcomer makes its shard before it takes an epoch. Most file systems count a folder's folders (and two).
+        shards = f"{self.folder}/shards"
+        if os.stat(shards).st_nlink == 3 or sum(entry.is_dir() for entry in os.scandir(shards)) == 1:
             return {}
         refused: dict[int, Exception] = {}
         for stream in streams - {0}:

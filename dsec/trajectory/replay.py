@@ -211,13 +211,12 @@ class Trajectory:
         try:
             fields, payload = await self.log.encode_result(result)
             record = {"step": ticket.step, "key": ticket.key, "time": time.time(), **fields}
-            future = self.log.append(branch, "END", payload, **record)
+            future = self.log.append(branch, "END", payload, lambda answer: _ended(branch, entry, answer), **record)
         except BaseException:
             _stop(branch, entry)
             raise
-        future.add_done_callback(lambda done: _ended(branch, entry, done))
         if self.log.durability != "async":
-            await asyncio.shield(future)
+            await future
         crash("log.before_reply")
         return dict(result)
 
@@ -339,11 +338,12 @@ class Trajectory:
         branch.running += 1
         crash("log.before_begin")
         fields = {"step": step, "key": key, "kind": kind, "args": plain, "idempotent": idempotent, "attempt": attempt}
-        future = self.log.append(branch, "BEGIN", time=time.time(), **fields)
-        future.add_done_callback(lambda done: _begun(branch, entry, done))
+        future = self.log.append(
+            branch, "BEGIN", b"", lambda answer: _begun(branch, entry, answer), time=time.time(), **fields
+        )
         try:
             if not idempotent and self.log.durability == "begin+end":
-                await asyncio.shield(future)
+                await future
         except asyncio.CancelledError:  # the caller went away: nothing will run
             self.log.append(branch, "ABORT", step=step, why="cancelled").add_done_callback(_heard)
             entry.aborted = True
@@ -449,16 +449,16 @@ def _stop(branch: Branch, entry: Entry) -> None:
         entry.running = None
 
 
-def _begun(branch: Branch, entry: Entry, done: asyncio.Future[Place]) -> None:
-    if problem := done.exception():
-        branch.broken = problem
+def _begun(branch: Branch, entry: Entry, answer: Place | Exception) -> None:
+    if isinstance(answer, Exception):
+        branch.broken = answer
     else:
-        entry.begun = done.result()
+        entry.begun = answer
 
 
-def _ended(branch: Branch, entry: Entry, done: asyncio.Future[Place]) -> None:
-    if not done.exception():
-        entry.ended = done.result()
+def _ended(branch: Branch, entry: Entry, answer: Place | Exception) -> None:
+    if not isinstance(answer, Exception):
+        entry.ended = answer
     _stop(branch, entry)
 
 

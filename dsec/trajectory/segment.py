@@ -12,6 +12,9 @@ a good frame of a *later* group had been acknowledged: `LogCorrupt`, never skipp
 The first frame of a segment (stream 0) names the segment before it and the length to which that one may be trusted, so
 what a failed fsync left behind its last good group is ignored for ever.
 
+Room is reserved ahead of what is written: an fdatasync that also has to commit a new file size takes half as much more.
+Reserved bytes are zeros, which are no frame, so a reader stops there; a segment that is full or closed gives them back.
+
 CRC32C (Castagnoli) comes from the google-crc32c wheel: zlib.crc32 is another polynomial, and a table in Python costs
 50 ns a byte where the wheel uses the processor's instruction.
 """
@@ -29,6 +32,7 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from google_crc32c import extend
@@ -39,6 +43,7 @@ from dsec.trajectory.failpoint import crash, die, reached
 MAGIC = 0x4C534344  # "DCSL" on disk
 HEAD = struct.Struct("<IIIIQQII")
 SIZE = 64 << 20  # bytes after which a new segment is opened
+AHEAD = 1 << 20  # bytes reserved at a time
 GROUP_RECORDS, GROUP_BYTES = 256, 8 << 20  # the most that one group takes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -104,11 +109,21 @@ def unpack(data: bytes, offset: int = 0, base: int = 0) -> Frame:
     return Frame(base + offset, base + end, batch, stream, epoch, mark, header, payload)
 
 
-Item = tuple[int, int, int, bytes, bytes, "asyncio.Future[Place]"]  # stream, epoch, mark, header, payload, who waits
+class Item(NamedTuple):
+    """A frame that is to be written, and who hears of it."""
+
+    stream: int
+    epoch: int
+    mark: int
+    header: bytes
+    payload: bytes
+    future: asyncio.Future[Place]
+    then: Callable[[Place | Exception], None] | None
 
 
 class Scan(NamedTuple):
-    """What a segment holds: its good frames, the end of the last one, and the length of the file."""
+    """What a segment holds: its good frames, the end of the last one, and the end of what is written at all: beyond
+    `end`, a torn tail."""
 
     frames: list[Frame]
     end: int
@@ -121,6 +136,15 @@ def scan(path: Path, limit: int | None = None, start: int = 0, stream: int | Non
     `limit` (the length the next segment vouches for) makes any bad frame before it corruption. With `stream`, frames of
     other streams are checked but not kept.
     """
+    try:
+        return _scan(path, limit, start, stream)
+    except LogCorrupt:
+        if limit is not None:
+            raise
+        return _scan(path, limit, start, stream)  # its writer may have been faster than the first look, page by page
+
+
+def _scan(path: Path, limit: int | None, start: int, stream: int | None) -> Scan:
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read() if limit is None else file.read(max(0, limit - start))
@@ -138,7 +162,7 @@ def scan(path: Path, limit: int | None = None, start: int = 0, stream: int | Non
         offset = frame.end - start
     if limit is not None and start + offset < limit:
         raise corrupt(path, start + offset, why)
-    return Scan(frames, start + offset, start + len(data))
+    return Scan(frames, start + offset, start + max(offset, len(data.rstrip(b"\0"))))
 
 
 def _acknowledged(data: bytes, bad: int, start: int) -> bool:
@@ -206,55 +230,63 @@ class SegmentWriter:
         self.folder, self.size, self.sync, self.guard = folder, size, sync, guard
         self.groups = 0  # fsyncs so far
         self.durable: Place | None = None  # (path, end, 0): how far the newest segment may be read
-        self._waiting: list[Item] = []
-        self._wake = threading.Condition()
+        self._queue: SimpleQueue[Item | None] = SimpleQueue()
         self._closed = False
         self._fd = -1
         self._path: Path | None = None
         self._offset = 0
+        self._room = 0  # bytes of the segment that are reserved
         self._recover()
         self._thread = threading.Thread(target=self._run, name=f"log {folder.name}", daemon=True)
         self._thread.start()
 
     # The loop's side
 
-    def append(self, stream: int, epoch: int, mark: int, header: bytes, payload: bytes = b"") -> asyncio.Future[Place]:
-        """Queues one frame; the future gives its place once it is durable, or LogFull / LogFailed."""
+    def append(
+        self,
+        stream: int,
+        epoch: int,
+        mark: int,
+        header: bytes,
+        payload: bytes = b"",
+        then: Callable[[Place | Exception], None] | None = None,
+    ) -> asyncio.Future[Place]:
+        """Queues one frame; the future gives its place once it is durable, or LogFull / LogFailed.
+
+        `then` hears the same first, in the loop, even if the future was cancelled: no `shield` is needed around it.
+        """
+        if self._closed:
+            raise LogFailed("the log is closed")
         future = asyncio.get_running_loop().create_future()
-        with self._wake:
-            if self._closed:
-                raise LogFailed("the log is closed")
-            self._waiting.append((stream, epoch, mark, header, payload, future))
-            if len(self._waiting) == 1:
-                self._wake.notify()
+        self._queue.put(Item(stream, epoch, mark, header, payload, future, then))
         return future
 
     def close(self) -> None:
         """Writes what waits, then stops."""
-        with self._wake:
+        if not self._closed:
             self._closed = True
-            self._wake.notify()
+            self._queue.put(None)
         self._thread.join()
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            with contextlib.suppress(OSError):  # a disk that fails only now has lost nothing
+                os.ftruncate(self._fd, self._offset)
+            self._abandon()
 
     # The writer's thread
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._waiting and not self._closed:
-                    self._wake.wait()
-                group, room = [], GROUP_BYTES
-                for item in self._waiting[:GROUP_RECORDS]:
-                    room -= len(item[3]) + len(item[4])
-                    group.append(item)
-                    if room < 0:
-                        break
-                del self._waiting[: len(group)]
-            if not group:
-                return
+        item = self._queue.get()
+        while item is not None:
+            group, size = [item], len(item.header) + len(item.payload)
+            while len(group) < GROUP_RECORDS and size < GROUP_BYTES:
+                try:
+                    item = self._queue.get_nowait()
+                except Empty:
+                    break
+                if item is None:
+                    break
+                group.append(item)
+                size += len(item.header) + len(item.payload)
             try:
                 outcome: list[Place] | Exception = self._commit(group)
             except OSError as problem:
@@ -262,8 +294,9 @@ class SegmentWriter:
                 outcome = kind(f"the log in {self.folder} could not be written: {problem}")
                 logger.error("%s", outcome)
             crash("segment.durable")
-            refused = self.guard({item[0] for item in group}) if self.guard else {}
+            refused = self.guard({entry.stream for entry in group}) if self.guard else {}
             self._answer(group, outcome, refused)
+            item = item and self._queue.get()
 
     def _commit(self, group: list[Item]) -> list[Place]:
         """Makes a group durable, in a new segment where the old one is full or has failed; OSError if it cannot."""
@@ -286,12 +319,14 @@ class SegmentWriter:
     def _write(self, group: list[Item]) -> list[Place]:
         batch, places, frames = self._offset, [], []
         offset = batch
-        for stream, epoch, mark, header, payload, _ in group:
-            frame = pack(stream, epoch, mark, header, payload, batch)
+        for item in group:
+            frame = pack(item.stream, item.epoch, item.mark, item.header, item.payload, batch)
             frames.append(frame)
             places.append(Place(str(self._path), offset, len(frame)))
             offset += len(frame)
         data = b"".join(frames)
+        if offset > self._room:
+            self._reserve(offset)
         if reached("segment.torn"):
             os.pwrite(self._fd, data[: len(data) // 2], batch)
             die()
@@ -308,9 +343,21 @@ class SegmentWriter:
         self.durable = Place(str(self._path), offset, 0)
         return places
 
+    def _reserve(self, end: int) -> None:
+        """Room for a group that ends at `end` and for the next ones; on a disk with less, what is there is used up."""
+        room = max(end, min(self._offset + AHEAD, self.size))
+        try:
+            os.posix_fallocate(self._fd, self._offset, room - self._offset)
+            self._room = room
+        except OSError as problem:
+            if problem.errno not in NO_ROOM:
+                raise
+            os.ftruncate(self._fd, self._offset)
+
     def _give_up_room(self, problem: OSError) -> list[Place]:
         """Full disk: take back what was half written, keep the segment, fail the group."""
         os.ftruncate(self._fd, self._offset)
+        self._room = self._offset
         raise problem
 
     def _abandon(self) -> None:
@@ -323,10 +370,10 @@ class SegmentWriter:
         outcome: list[Place] | Exception,
         refused: dict[int, Exception],
     ) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Place], Place | Exception]]] = {}
-        for index, (stream, *_, future) in enumerate(group):
-            answer = outcome if isinstance(outcome, Exception) else refused.get(stream, outcome[index])
-            by_loop.setdefault(future.get_loop(), []).append((future, answer))
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Item, Place | Exception]]] = {}
+        for index, item in enumerate(group):
+            answer = outcome if isinstance(outcome, Exception) else refused.get(item.stream, outcome[index])
+            by_loop.setdefault(item.future.get_loop(), []).append((item, answer))
         for loop, answers in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear it
                 loop.call_soon_threadsafe(_resolve, answers)
@@ -336,6 +383,7 @@ class SegmentWriter:
     def _roll(self) -> None:
         """Opens the next segment, whose first frame vouches for the one before up to its last durable byte."""
         if self._fd >= 0:
+            os.ftruncate(self._fd, self._offset)
             self._abandon()
         number = int(self._path.stem) + 1 if self._path else 1
         path = self.folder / f"{number:08d}.seg"
@@ -352,6 +400,7 @@ class SegmentWriter:
             path.unlink()
             raise
         self._fd, self._path, self._offset = fd, path, HEAD.size + len(header)
+        self._room = self._offset
         self.durable = Place(str(path), self._offset, 0)
         crash("segment.rolled")
 
@@ -363,11 +412,12 @@ class SegmentWriter:
         if not paths:
             return
         self._path = paths[-1]
-        frames, self._offset, length = scan(self._path)
+        frames, self._offset, written = scan(self._path)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-        if length > self._offset:
-            logger.warning("%s: cut a torn tail of %d bytes", self._path, length - self._offset)
-            os.ftruncate(self._fd, self._offset)
+        if written > self._offset:
+            logger.warning("%s: cut a torn tail of %d bytes", self._path, written - self._offset)
+        os.ftruncate(self._fd, self._offset)
+        self._room = self._offset
         # The last group may be readable and yet not on the disk (its writer was killed before the fsync, or the fsync
         # failed and left pages that only look clean): write it again.
         group = min(frame.offset for frame in frames if frame.batch == frames[-1].batch)
@@ -376,11 +426,15 @@ class SegmentWriter:
         self.durable = Place(str(self._path), self._offset, 0)
 
 
-def _resolve(answers: list[tuple[asyncio.Future[Place], Place | Exception]]) -> None:
-    for future, answer in answers:
-        if future.done():
+def _resolve(answers: list[tuple[Item, Place | Exception]]) -> None:
+    for item, answer in answers:
+        if item.then:
+            item.then(answer)
+        if item.future.done():  # its waiter was cancelled
             continue
         if isinstance(answer, Exception):
-            future.set_exception(answer)
+            item.future.set_exception(answer)
+            if item.then:
+                item.future.exception()  # it has been heard
         else:
-            future.set_result(answer)
+            item.future.set_result(answer)

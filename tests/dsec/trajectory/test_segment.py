@@ -9,6 +9,7 @@ import random
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,13 @@ def test_a_frame_torn_at_every_byte_is_cut_and_the_rest_stays(tmp_path: Path) ->
     path = segments(tmp_path)[0]
     whole = path.read_bytes()
     ends = [f.end for f in scan(path).frames]
-    for length in range(len(whole) + 1):
-        path.write_bytes(whole[:length])
+    for length, reserved in product(range(len(whole) + 1), (0, 500)):
+        path.write_bytes(whole[:length] + bytes(reserved))
         for restart in range(2):  # recovery itself is repeatable
             fill(tmp_path, [])
             kept = sum(end <= length for end in ends)
             expected = [b"one", b"two" * 20, b"three" * 9][: max(kept - 1, 0)]
-            assert bodies(tmp_path) == expected, (length, restart)
+            assert bodies(tmp_path) == expected, (length, reserved, restart)
             assert [p.stat().st_size for p in segments(tmp_path)] == ([ends[kept - 1]] if kept else [])
     fill(tmp_path, [[b"again"]])
     assert bodies(tmp_path) == [b"one", b"two" * 20, b"three" * 9, b"again"]
@@ -135,7 +136,7 @@ def test_every_state_a_power_cut_may_leave(seed: int) -> None:
             if rng.random() < 0.5:
                 start, end = max(sector * 64, synced), min(sector * 64 + 64, len(whole))
                 whole[start:end] = bytes(end - start)
-        path.write_bytes(whole[: rng.randint(synced, len(whole))])
+        path.write_bytes(whole[: rng.randint(synced, len(whole))] + bytes(rng.choice((0, 10, 3000))))  # reserved room
         fill(folder, [[b"later"]])
         acknowledged = [text for group in groups[:-1] for text in group]
         found = bodies(folder)
