@@ -9,6 +9,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import uuid
 from pathlib import Path
 
 from dsec.errors import ImageError, SubstrateUnavailable
@@ -23,7 +24,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def pack(root: Path, target: Path, compress: str | None = None) -> int:
     """Packs a folder into `target` (complete or absent) and returns its bytes. `compress`: "lz4" or "lz4hc".
 
-    Owners, modes, times, device numbers (overlay's whiteouts are 0:0) and extended attributes are kept.
+    Owners, modes, times, device numbers (overlay's whiteouts are 0:0) and extended attributes are kept; the same folder
+    gives the same bytes.
     """
     program = shutil.which("mkfs.erofs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if program is None:
@@ -31,8 +33,13 @@ def pack(root: Path, target: Path, compress: str | None = None) -> int:
             "mkfs.erofs is missing", reason="images are packed into EROFS", fix="apt-get install erofs-utils"
         )
     new = target.with_suffix(".new")
-    options = [f"-z{compress}"] if compress else []
-    done = subprocess.run([program, "--quiet", *options, str(new), str(root)], capture_output=True, text=True)
+    options = ["-U", str(uuid.UUID(int=0)), *([f"-z{compress}"] if compress else [])]
+    command = [program, "--quiet", *options, str(new), str(root)]
+    environment = {
+        **os.environ,
+        "SOURCE_DATE_EPOCH": str(2**32 - 1),
+    }  # when it was built; later files would be cut to it
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     size = new.stat().st_size if new.exists() else 0
     # An unknown compression leaves an empty file behind, some versions with exit code 0.
     if done.returncode or not is_erofs(new):

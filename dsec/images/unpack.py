@@ -67,6 +67,8 @@ def unpack_tar(file: IO[bytes], root: Path, limits: Limits | None = None, whiteo
                 _member(archive, member, root, folders, whiteouts)
     except (tarfile.TarError, EOFError, OSError) as problem:
         raise ImageError(f"the archive cannot be unpacked: {problem}") from problem
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (0, 0))  # stays for those that the archive does not list
     for path, member in reversed(folders):  # last, because filling a folder changes its time
         os.chmod(path, member.mode & 0o7777)
         os.utime(path, (member.mtime, member.mtime))
@@ -96,7 +98,9 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, root: Path, folde
             os.setxattr(path.parent, name, b"y")
         return
     if wh and path.name.startswith(".wh."):
-        os.mknod(path.with_name(path.name.removeprefix(".wh.")), stat.S_IFCHR, os.makedev(0, 0))
+        path = path.with_name(path.name.removeprefix(".wh."))
+        os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
+        os.utime(path, (0, 0))
         return
     if path != root and (path.is_symlink() or (path.exists() and not (member.isdir() and path.is_dir()))):
         if path.is_dir() and not path.is_symlink():
@@ -126,7 +130,7 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, root: Path, folde
             os.setxattr(path, "security.capability", value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
     if not member.issym():
         os.chmod(path, member.mode & 0o7777)
-        os.utime(path, (member.mtime, member.mtime))
+    os.utime(path, (member.mtime, member.mtime), follow_symlinks=False)
 
 
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:

@@ -227,6 +227,22 @@ def test_what_was_packed_is_what_is_mounted(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("mountable")
+def test_the_same_content_has_the_same_digest(tmp_path: Path) -> None:
+    """Folders that an archive does not list, links and whiteouts included; an image's name says what is in it."""
+    (tmp_path / "root/d").mkdir(parents=True)
+    (tmp_path / "root/d/f").write_text("x")
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(tar(("deep/down/f", b"y"), ("deep/l", link("down/f")), ("deep/.wh.gone", b"")))
+    images = [Images(tmp_path / name) for name in ("one", "two")]
+    for source, base in ((tmp_path / "root", None), (archive, "v0")):
+        one, two = (each.add("v0" if base is None else "v1", source, base=base).layers for each in images)
+        assert one == two
+    with open(tmp_path / "root/d/f", "a") as file:
+        file.write("z")
+    assert images[0].add("v2", tmp_path / "root").layers != images[1].get("v0").layers
+
+
+@pytest.mark.usefixtures("mountable")
 def test_a_sandboxes_changes_become_a_layer_of_their_own_size(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "srv").mkdir(parents=True)
