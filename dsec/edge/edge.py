@@ -30,7 +30,7 @@ from dsec.errors import (
     NotFound,
     SubstrateUnavailable,
 )
-from dsec.launch.cgroups import abandon
+from dsec.launch.cgroups import abandon, detect, sweep
 from dsec.network.gateway import NetworkOperations
 from dsec.substrates import base
 from dsec.types import Record, SandboxInfo, Spec, page
@@ -67,6 +67,7 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
         if (self.home / "log").exists():
             self.tended = self._task(self.tend_log())
         await asyncio.gather(*(self._adopt(folder) for folder in sorted((self.home / "sandboxes").iterdir())))
+        await asyncio.to_thread(lambda: sweep(detect()))
 
     async def stop(self, destroy: bool = False) -> None:
         """Ends the Edge; sandboxes live on for the next one unless `destroy`."""

@@ -24,6 +24,8 @@ FIRST_ID, RANGE = 131072, 65536
 SLOTS = 30000
 _PARENT = "dsec"
 _V1 = ("memory", "cpu", "cpuacct", "pids", "freezer")
+_OWNER = "trusted.dsec"
+"""Extended attribute of a cgroup: pid and start of the process that frees it, and its sandbox's folder, if any."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Cgroup:
                 for folder in group.folders:
                     folder.mkdir()
                     made.append(folder)
+                group.own()
                 return group
             except FileExistsError:
                 for folder in made:
@@ -108,6 +111,14 @@ class Cgroup:
     def note(self, folder: Path) -> None:
         """Leaves its number in a sandbox's folder, before anything joins it: see `abandon`."""
         (folder / "slot").write_text(str(self.slot))
+        self.own(folder)
+
+    def own(self, folder: Path | None = None) -> None:
+        """Says in the cgroup itself that this process frees it, and for which folder: see `sweep`."""
+        me = os.getpid()
+        for path in self.folders[:1]:
+            with contextlib.suppress(OSError):  # an ordinary user may not: those are never swept
+                os.setxattr(path, _OWNER, f"{me} {started(me)} {folder.absolute() if folder else ''}".encode())
 
     def limit(self, cpu: float, memory: int, pids: int) -> None:
         """Cores, MiB (swap none) and processes."""
@@ -231,6 +242,31 @@ def abandon(folder: Path) -> None:
         while not group.free(folder) and time.monotonic() < end:
             time.sleep(0.01)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(where: Hierarchy) -> int:
+    """Removes cgroups that are empty, whose process has died, and whose number stands in no sandbox's folder, where the
+    next Edge of that folder would find it -> how many."""
+    parents = [*where.v1.values(), *([where.unified] if where.unified else [])]
+    removed = 0
+    for path in parents[0].iterdir() if parents else ():
+        with contextlib.suppress(OSError):  # no cgroup, or not one of which it is known
+            pid, begun, folder = os.getxattr(path, _OWNER).decode().split(" ", 2)
+            group = Cgroup(where, int(path.name))
+            noted = Path(folder, "slot")
+            if started(int(pid)) == int(begun) or (folder and noted.exists() and noted.read_text() == path.name):
+                continue
+            if not any((each / "cgroup.procs").read_text() for each in group.folders):
+                removed += group.remove()
+    return removed
+
+
+def started(pid: int) -> int:
+    """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _write(path: Path, value: object) -> None:

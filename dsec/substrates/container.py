@@ -25,12 +25,12 @@ from dsec.errors import Capacity, DsecError, ImageError, InvalidRequest, NotFoun
 from dsec.guest import build
 from dsec.guest.protocol import Agent
 from dsec.launch import cgroups, seccomp, selftest
-from dsec.launch.cgroups import Cgroup
+from dsec.launch.cgroups import Cgroup, started
 from dsec.substrates import oci
 from dsec.substrates.base import Probe
 from dsec.substrates.begun import Begun
 from dsec.substrates.oci import Runtime
-from dsec.substrates.process import Watched, started
+from dsec.substrates.process import Watched
 from dsec.types import Capabilities, Spec, Stats
 
 MASKED = (
@@ -224,6 +224,8 @@ class ContainerSubstrate:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         await self._prepare()
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
+        if group is not None:
+            group.own(folder)
         runtime = oci.RUNTIMES[spec.runtime] if spec.runtime else BWRAP
         agent = await Agent.connect(folder / "agent.sock", serial=runtime.serial)
         return Container(self, pid, group, folder, agent, self._capabilities(runtime))

@@ -25,12 +25,11 @@ from typing import Any
 from dsec.errors import DsecError, InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
 from dsec.guest import build
 from dsec.launch import cgroups
-from dsec.launch.cgroups import Cgroup
+from dsec.launch.cgroups import Cgroup, started
 from dsec.substrates import engines, linux, qemu
 from dsec.substrates.base import Probe
 from dsec.substrates.checkpoint import NAME, Checkpoint, Root, disk_size, file_system, qcow2
 from dsec.substrates.monitor import GuestAgent, Monitor
-from dsec.substrates.process import started
 from dsec.substrates.qemu import Disk, Machine, Qemu, Ram
 from dsec.types import Capabilities, Spec, Stats
 
@@ -180,6 +179,8 @@ class MicroVMSubstrate:
         if not state["started"] or started(int(state["pid"])) != state["started"]:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
+        if group is not None:
+            group.own()
         point = Checkpoint.known(folder, state["point"])
         kind = engines.RUNTIMES[spec.runtime] if spec.runtime else Qemu
         machine = kind(int(state["pid"]), folder, group)

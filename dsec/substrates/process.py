@@ -10,6 +10,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from dsec.launch.cgroups import started
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PIDFD_GETFD = 438  # Linux 5.6
 
@@ -58,11 +60,3 @@ class Watched:
         """Waits for its end, at most so long."""
         await asyncio.wait([self.end], timeout=seconds)
         return self.end.done()
-
-
-def started(pid: int) -> int:
-    """When a process began, in ticks since boot: with its number this names it for ever. 0: no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0

@@ -187,6 +187,36 @@ def test_one_that_is_killed_while_it_starts_leaves_nothing(host: Host) -> None:
     until(lambda: not any(path.exists() for group in groups for path in group.folders))
 
 
+def test_what_a_dead_edge_left_is_swept_unless_its_folder_still_claims_it(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: sudo script/test tests/dsec")
+    where = cgroups.detect()
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:  # an Edge that dies with four of them
+        groups = [cgroups.Cgroup.claim(where) for _ in range(4)]
+        groups[1].note(tmp_path)
+        os.write(write, " ".join(str(group.slot) for group in groups).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    plain, noted, busy, adopted = (cgroups.Cgroup(where, int(slot)) for slot in os.read(read, 100).split())
+    adopted.own()
+    sleeper = subprocess.Popen(["sleep", "60"])
+    for path in busy.joins:
+        path.write_text(str(sleeper.pid))
+    there = lambda group: [path.exists() for path in group.folders]  # noqa: E731
+    try:
+        assert cgroups.sweep(where) >= 1
+        assert not any(there(plain)) and all(there(noted) + there(busy) + there(adopted))
+        (tmp_path / "slot").unlink()
+        sleeper.kill()
+        sleeper.wait()
+        until(lambda: cgroups.sweep(where) == 0 and not any(there(noted) + there(busy)))
+        assert all(there(adopted)), "it has a living owner"
+    finally:
+        sleeper.kill()
+        adopted.remove()
+
+
 def test_what_joined_while_its_box_was_killed_is_killed_too(tmp_path: Path) -> None:
     """A process of the cgroup that the kill did not see: the reaper does not wait for it for ever."""
     if os.geteuid() != 0:
