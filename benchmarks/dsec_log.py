@@ -116,6 +116,7 @@ def replay(folder: Path, count: int = 20_000) -> dict[str, float]:
         log = TrajectoryLog(folder, durability="async")
         await steps(log, "t", count)
         log.close()
+        await asyncio.sleep(0)  # what was written is heard of, and forgotten, as in a process that has died
         log = TrajectoryLog(folder)
         started = time.perf_counter()
         t = await log.open("t", SPEC)
