@@ -43,9 +43,12 @@ def test_rows_of_a_cache(rows: int, shape: tuple[int, int], dtype: torch.dtype, 
 
 @pytest.mark.parametrize("largest", [6.0, 6.001, 448.0, 448.5, 2.0**-120, 1e-6, 2.0**100])
 def test_a_block_under_every_kind_of_scale(largest: float) -> None:
-    """Maxima at both sides of a scale's step, below the floor of KV rows, and near the ends of float32."""
+    """Maxima at both sides of a scale's step, below the floor of KV rows, and near the ends of float32; and a block
+    whose largest channels stay as they are and have no part in its scale."""
     x = (torch.arange(-64, 64) / 64 * largest)[None].to(DEVICE)
-    assert torch.equal(bits(ours.rows.kv_row(x, 0)), bits(numerics.kv_row(x, 0)))
+    y = torch.cat((x[:, :80], x[:, 80:] * 4096), 1)
+    for row, rope in ((x, 0), (y, 48)):
+        assert torch.equal(bits(ours.rows.kv_row(row, rope)), bits(numerics.kv_row(row, rope)))
     assert torch.equal(bits(ours.rows.index_row(x)), bits(numerics.index_row(x)))
 
 
@@ -54,7 +57,7 @@ def test_a_block_under_every_kind_of_scale(largest: float) -> None:
 def test_routing(rows: int, experts: int, k: int, ties: bool) -> None:
     """With a bias and with experts given by the token; whole numbers give ties, and so do affinities of 0."""
     k, logits = min(k, experts), normal(rows, experts) * 6
-    logits[0, ::2], logits[-1, 0] = -INFINITE, 800  # exp(800) is infinite
+    logits[0, ::2], logits[0, 1::4], logits[-1, 0] = -INFINITE, -33.7, 800  # exp(800) is infinite
     logits, bias = (logits.round(), torch.zeros(experts)) if ties else (logits, normal(experts, seed=1))
     given_ = torch.rand(rows, experts, generator=torch.Generator().manual_seed(k)).argsort(1)[:, :k].to(DEVICE)
     for fixed in (None, given_):
@@ -122,14 +125,16 @@ def test_sampling(rows: list[tuple[float, float, float]], vocabulary: int, kind:
 
 
 def test_every_token_of_a_nucleus() -> None:
-    """Draws in the middle of every token's share, the most probable first: each is found by its own."""
+    """Draws in the middle of every token's share, the most probable first, and at the start of the first one's: each
+    is found by its own."""
     logits = (normal(24, seed=5) * 2).round()
     odds, order = torch.softmax(logits.double(), 0).sort(descending=True, stable=True)
     kept = int((odds.cumsum(0) < 0.9).sum()) + 1
     mass = odds[:kept].cumsum(0)
     assert kept < 24 and len(set(odds[:kept].tolist())) < kept  # with ties
     middle = (mass - odds[:kept] / 2) / mass[-1]
-    assert chosen(logits.expand(kept, -1), 1, 0.9, middle.cpu()).tolist() == order[:kept].tolist()
+    middle[0] = 0
+    assert order[0] > 0 and chosen(logits.expand(kept, -1), 1, 0.9, middle.cpu()).tolist() == order[:kept].tolist()
 
 
 def test_edges_between_tokens() -> None:
@@ -162,11 +167,11 @@ def test_temperature_zero() -> None:
 def test_an_impossible_token_is_not_chosen() -> None:
     """A draw at the very end (even 1, which is none) falls on a token that can be chosen: the last ones cannot."""
     logits = normal(3, 1030)
-    logits[:, 1000:] = -INFINITE
+    logits[2, :512], logits[2, 512:], logits[:, 1000:] = 3, -INFINITE, -INFINITE
     for top_p in (0.5, 1.0):
         draw = torch.tensor([0.999, 1 - 2**-53, 1], dtype=torch.float64)
         found = ours.sample.sample(logits, torch.ones_like(draw), torch.full_like(draw, top_p), draw)
-        assert (found < 1000).all()
+        assert (found < 1000).all() and found[2] == 512 * top_p - 1
 
 
 def test_a_row_does_not_know_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
