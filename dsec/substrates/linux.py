@@ -89,8 +89,11 @@ else
 fi
 for d in dev proc sys run; do mkdir -p /new/$d; mount -o move /$d /new/$d; done
 if [ "$boot" = systemd ]; then
-  u=/new/run/systemd/system; mkdir -p $u/sysinit.target.wants
+  u=/new/run/systemd/system; mkdir -p $u/sysinit.target.wants $u/multi-user.target.wants
   ln -s ../dsec-agent.service $u/sysinit.target.wants/
+  # started by whoever asks for them first, not at boot: under emulation they take a fifth of it
+  ln -s /dev/null $u/multi-user.target.wants/systemd-logind.service
+  ln -s /dev/null $u/multi-user.target.wants/dbus.service
   echo "[Unit]
 Description=DSec guest agent
 DefaultDependencies=no

@@ -44,9 +44,14 @@ KEEP = 4
 SYSTEMD = " systemd.firstboot=off systemd.show_status=no" + "".join(
     f" systemd.mask={unit}"
     for unit in "serial-getty@ttyS0.service getty@tty1.service apt-daily.timer apt-daily-upgrade.timer "
-    "dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-random-seed.service".split()
+    "dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-random-seed.service "
+    "systemd-modules-load.service modprobe@configfs.service modprobe@dm_mod.service modprobe@drm.service "
+    "modprobe@efi_pstore.service modprobe@fuse.service modprobe@loop.service systemd-journal-flush.service "
+    "systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-pstore.service "
+    "dev-hugepages.mount sys-kernel-debug.mount sys-kernel-tracing.mount".split()
 )
-"""What a machine that lives for minutes has no use for; first boot would ask its console for a time zone."""
+"""What a machine that lives for minutes has no use for, or cannot do: its image has none of its kernel's modules. First
+boot would ask its console for a time zone."""
 _Boot = tuple[linux.Kernel, Path]
 
 
