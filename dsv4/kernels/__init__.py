@@ -25,6 +25,7 @@ from dsv4.kernels.cpu import rope as _cpu_rope
 from dsv4.kernels.cpu import route as _cpu_route
 from dsv4.kernels.cpu import rows as _cpu_rows
 from dsv4.kernels.cpu import sample as _cpu_sample
+from dsv4.kernels.reference import decode as _decode
 from dsv4.kernels.reference import swiglu, top_mask
 from dsv4.numerics import Packed
 
@@ -120,17 +121,23 @@ def attention_inputs(
     h: Tensor, wq_a: Any, q_norm: Tensor, wq_b: Any, wkv: Any, kv_norm: Tensor, angles: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Latent [B, T, rank], queries [B, T, H, d] and KV rows [B, T, d], both turned, of h [B, T, D] in one call; None
-    where that is no faster than `linear`, `rms_norm` and `rotate`, whose result it is to the bit."""
-    if _triton.usable(h) or not _cpu_decode.usable(h, wq_a, wq_b, wkv):
+    where that is no faster than `linear`, `rms_norm` and `rotate`, whose result it is."""
+    if _triton.usable(h):
         return None
+    if not _cpu_decode.usable(h, wq_a, wq_b, wkv):
+        one = _plain_row(h, wq_a, wq_b, wkv)
+        return _decode.attention_inputs(h, wq_a, q_norm, wq_b, wkv, kv_norm, angles, eps) if one else None
     return _cpu_decode.attention_inputs(h, wq_a, q_norm, wq_b, wkv, kv_norm, angles, eps)
 
 
 def attention_output(o: Tensor, wo_a: Any, wo_b: Any, angles: Tensor, groups: int) -> Tensor | None:
     """o [B, T, H, d] turned back by ``angles`` and through the grouped output projection, [B, T, D], in one call; None
-    where that is no faster than `rotate`, `grouped_linear` and `linear`, whose result it is to the bit."""
-    if _triton.usable(o) or not _cpu_decode.usable(o.flatten(-2), wo_a, wo_b):
+    where that is no faster than `rotate`, `grouped_linear` and `linear`, whose result it is."""
+    if _triton.usable(o):
         return None
+    if not _cpu_decode.usable(o.flatten(-2), wo_a, wo_b):
+        one = _plain_row(o.flatten(-2), wo_a, wo_b)
+        return _decode.attention_output(o, wo_a, wo_b, angles, groups) if one else None
     return _cpu_decode.attention_output(o, wo_a, wo_b, angles, groups)
 
 
@@ -143,6 +150,11 @@ def index_queries(
     if _triton.usable(h) or not (_cpu_decode.usable(latent, wq_b) and _cpu_linear.plain(h, proj)):
         return None
     return _cpu_decode.index_queries(h, latent, wq_b, proj, angles, size)
+
+
+def _plain_row(x: Tensor, *weights: Any) -> bool:
+    """Whether `reference.decode` does best what is asked for."""
+    return _decode.alone(x, *weights) and not _cpu_linear.plain(x, *weights)
 
 
 def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:
@@ -224,8 +236,11 @@ def mixture(
     """Routed experts (their stacks w1, w2, w3) and the shared one in one call, [N, D] in x's dtype; None where that is
     no faster than the two calls whose sum it is, `routed_experts` and `expert`."""
     packed = isinstance(routed[0], Packed) and isinstance(shared[0], Packed) and shared[0].form.per_byte == 1
-    usable = packed and routed[1].shape[-1] % 32 == 0 and _packed_expert(x, *routed, *shared)
-    return _cpu_linear.mixture(x, experts, weights, routed, shared, limit) if usable else None
+    if packed and routed[1].shape[-1] % 32 == 0 and _packed_expert(x, *routed, *shared):
+        return _cpu_linear.mixture(x, experts, weights, routed, shared, limit)
+    if _plain_row(x, *routed, *shared):
+        return _decode.mixture(x, experts[0].tolist(), weights, routed, shared, limit)
+    return None
 
 
 def _packed_expert(x: Tensor, *weights: Packed) -> bool:
@@ -241,6 +256,8 @@ def project(x: Tensor, values: Tensor, gates: Tensor, ape: Tensor, position: Ten
     if _triton.usable(x, values, gates, ape) and x.dtype == values.dtype == gates.dtype:
         return _triton.compress.project(x, values, gates, ape, position, dim)
     if not _cpu_linear.plain(x, values, gates) or ape.dtype != torch.float32:
+        if x.dtype == torch.float32 and _plain_row(x, values, gates):
+            return _decode.project(x, values, gates, ape, position, dim)
         return reference.project(linear(x, values, wide=True), linear(x, gates, wide=True), ape, position, dim)
     return _cpu_linear.project(x, values, gates, ape, position, dim)
 

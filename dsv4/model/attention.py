@@ -104,22 +104,10 @@ class Attention(nn.Module):
                 if entries.count > self.config.index_topk:  # otherwise every visible entry is read
                     queries = self.indexer.queries(h, latent, plan.angles[layer.rope])
                     picked = choose(*queries, keys, low, high, self.config.index_topk)
-        reach = plan.reach.int()
         ring = memory is not None and q.shape[1] == 1 and plan.valid is None  # decoding: the ring is read where it lies
-        near = self._window(kv, plan, memory, ring)
-        last = reach if ring else torch.arange(layer.window, near.shape[1], dtype=torch.int32, device=q.device)
-        out = attend(
-            q,
-            near,
-            last - reach,
-            (last + 1).expand_as(reach),
-            far,
-            low,
-            high,
-            picked,
-            self.attn_sink,
-            q.shape[-1] ** -0.5,
-        )
+        near, scale = self._window(kv, plan, memory, ring), q.shape[-1] ** -0.5
+        span = plan.ring_span if ring else plan.span
+        out = attend(q, near, *span, far, low, high, picked, self.attn_sink, scale)
         if memory is not None and not ring:
             memory.window.write(kv, plan)
         return out

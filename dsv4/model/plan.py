@@ -8,6 +8,7 @@ their own position 0, and packed samples never see each other. B rows, T tokens,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Entries:
 class Plan:
     """Shared by every layer of one forward pass."""
 
+    window: int
     position: Tensor  # int64 [B, T] in the token's own sequence
     reach: Tensor  # int64 [B, T] previous tokens inside the window (at most window - 1)
     valid: Tensor | None  # bool [B, T]; None = every token is real
@@ -44,6 +46,20 @@ class Plan:
     after: Tensor  # int64 [B] tokens in the state afterwards
     entries: dict[int, Entries]  # by compress_ratio
     angles: dict[str, Tensor]  # complex64 [B, T, rope/2] by rope kind
+
+    @cached_property
+    def span(self) -> tuple[Tensor, Tensor]:
+        """The rows from <= r < to that each token's window reaches where ``window`` older rows stand before the new
+        ones, int32 [B, T]."""
+        reach = self.reach.int()
+        last = self.window + torch.arange(reach.shape[1], dtype=torch.int32, device=reach.device)
+        return last - reach, (last + 1).expand_as(reach)
+
+    @cached_property
+    def ring_span(self) -> tuple[Tensor, Tensor]:
+        """The same in a ring that one decoded token has just entered."""
+        reach = self.reach.int()
+        return torch.zeros_like(reach), reach + 1
 
     @staticmethod
     def build(
@@ -58,6 +74,8 @@ class Plan:
         T]."""
         tokens = shape[1]
         device = before.device
+        if shape == (1, 1) and lengths is None and documents is None and device.type == "cpu":
+            return _one(config, frequencies, before)
         index = torch.arange(tokens, device=device)
         valid = None
         if documents is not None:
@@ -76,7 +94,21 @@ class Plan:
             for ratio in sorted(set(config.compress_ratios) - {0})
         }
         angles = {kind: _turn(position, f) for kind, f in frequencies.items()}
-        return Plan(position, reach, valid, before, after, entries, angles)
+        return Plan(config.sliding_window, position, reach, valid, before, after, entries, angles)
+
+
+def _one(config: Config, frequencies: dict[str, Tensor], before: Tensor) -> Plan:
+    """`Plan.build` of one token of one sequence on a CPU: mostly Python's integers, a tenth of the calls."""
+    t, entries = int(before), {}
+    for ratio in sorted(set(config.compress_ratios) - {0}):
+        count, new = (t + 1) // ratio, int((t + 1) % ratio == 0)
+        numbers = torch.tensor([[0, count, count - 1, t - ratio + 1]])
+        low, high, slot, first = (numbers[:, i : i + 1] for i in range(4))
+        angles = _turn(first[:, :new], frequencies["compress"])
+        entries[ratio] = Entries(low[:, :new], low[:, :new] == 0, slot[:, :new], low, high, angles, count)
+    position, reach = torch.tensor([[[t]], [[min(t, config.sliding_window - 1)]]])
+    turns = {kind: _turn(position, f) for kind, f in frequencies.items()}
+    return Plan(config.sliding_window, position, reach, None, before, before + 1, entries, turns)
 
 
 def _turn(position: Tensor, frequency: Tensor) -> Tensor:

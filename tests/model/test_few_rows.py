@@ -8,14 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dsv4
+from dsv4 import kernels
 from dsv4.kernels import reference
+from dsv4.kernels.cpu import library
+from dsv4.model import Transformer
+from dsv4.model.plan import Plan
+from dsv4.model.rope import frequencies
+from tests.parity.configs import tiny
+from tests.parity.peer import randomise
 
 
 @pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
+def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(3)
+    monkeypatch.setenv("DSV4_KERNELS", "reference")
+    library.library.cache_clear()
     with torch.inference_mode():
         yield
+    library.library.cache_clear()
 
 
 def close(one: torch.Tensor, other: torch.Tensor, bound: float = 2e-5) -> bool:
@@ -64,13 +75,6 @@ def test_norm_of_one_row(dtype: torch.dtype) -> None:
     assert close(reference.rms_norm(x, weight, 1e-6).double(), wanted, 1e-6 if dtype == torch.float32 else 2e-2)
 
 
-def test_experts_of_one_token() -> None:
-    w1, w3, w2 = torch.randn(8, 300, 512) / 20, torch.randn(8, 300, 512) / 20, torch.randn(8, 512, 300) / 20
-    x, experts, weights = torch.randn(2, 512), torch.tensor([[6, 1, 3], [0, 1, 2]]), torch.rand(2, 3)
-    many = reference.routed_experts(x, experts, weights, w1, w2, w3, 1.0)
-    assert close(reference.routed_experts(x[:1], experts[:1], weights[:1], w1, w2, w3, 1.0), many[:1])
-
-
 @pytest.mark.parametrize("entries", [3, 9, 40])
 def test_choice_and_attention_of_one_query(entries: int) -> None:
     """Two queries at once, each with its own reach, against each by itself."""
@@ -92,3 +96,82 @@ def test_choice_and_attention_of_one_query(entries: int) -> None:
         for got, wanted in ((None, whole), (own, sparse)):
             one = (q[:, at], near, first[:, at], first[:, at] + 7, far, low[:, at], high[:, at], got, sink, 0.3)
             assert close(reference.attend(*one), wanted[:, at], 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_around_one_token(dtype: torch.dtype) -> None:
+    """Against the single steps in float64; the bound in bfloat16 is what their roundings add up to."""
+    heads, dim, rank, width, groups, eps = 4, 24, 32, 40, 2, 1e-6
+    h, o = torch.randn(1, 1, width).to(dtype), torch.randn(1, 1, heads, dim).to(dtype)
+    shapes = (
+        (rank, width),
+        (heads * dim, rank),
+        (dim, width),
+        (groups * rank, heads * dim // groups),
+        (width, groups * rank),
+    )
+    wq_a, wq_b, wkv, wo_a, wo_b = ((torch.randn(n, m) / m**0.5).to(dtype) for n, m in shapes)
+    q_norm, kv_norm, angles = torch.rand(rank), torch.rand(dim), torch.polar(torch.ones(1, 1, 4), torch.randn(1, 1, 4))
+    latent = reference.rms_norm(h.double() @ wq_a.double().T, q_norm.double(), eps).double()
+    q = reference.rms_norm((latent @ wq_b.double().T).unflatten(-1, (heads, dim)), None, eps)
+    kv = reference.rms_norm(h.double() @ wkv.double().T, kv_norm, eps)
+    wanted = latent, reference.rotate(q, angles.unsqueeze(-2)), reference.rotate(kv, angles)
+    bound = 1e-5 if dtype == torch.float32 else 4e-2
+    got = kernels.attention_inputs(h, wq_a, q_norm, wq_b, wkv, kv_norm, angles, eps)
+    assert got is not None
+    for ours, theirs in zip(got, wanted):
+        assert ours.dtype == dtype and close(ours.double(), theirs.double(), bound)
+    turned = reference.rotate(o.double(), angles.conj().unsqueeze(-2)).reshape(1, 1, groups, -1)
+    wanted_o = reference.grouped_linear(turned, wo_a.double()).flatten(-2) @ wo_b.double().T
+    out, before = kernels.attention_output(o, wo_a, wo_b, angles, groups), o.clone()
+    assert out is not None and close(out.double(), wanted_o, bound) and torch.equal(o, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_one_token(dtype: torch.dtype) -> None:
+    stacks = [(torch.randn(8, *s) / 20).to(dtype) for s in ((300, 512), (512, 300), (300, 512))]
+    shared = [(torch.randn(*s) / 20).to(dtype) for s in ((300, 512), (512, 300), (300, 512))]
+    x, experts, weights = torch.randn(1, 512).to(dtype), torch.tensor([[6, 1, 3]]), torch.rand(1, 3)
+    wide = [w.double() for w in stacks], [w.double() for w in shared]
+    wanted = reference.routed_experts(x.double(), experts, weights.double(), *wide[0], 0.5)
+    wanted = wanted + reference.swiglu(x.double() @ wide[1][0].T, x.double() @ wide[1][2].T, 0.5) @ wide[1][1].T
+    got = kernels.mixture(x, experts, weights, tuple(stacks), tuple(shared), 0.5)
+    assert got is not None and got.dtype == dtype
+    assert close(got.double(), wanted.double(), 1e-5 if dtype == torch.float32 else 4e-2)
+
+
+@pytest.mark.parametrize(("position", "halves"), [(0, 1), (6, 2), (131, 2)])
+def test_projection_of_one_token(position: int, halves: int) -> None:
+    x, ape = torch.randn(1, 1, 40), torch.randn(4, 16 * halves)
+    values, gates = torch.randn(16 * halves, 40), torch.randn(16 * halves, 40)
+    at = torch.tensor([[position]])
+    wanted = reference.project(x @ values.T, x @ gates.T, ape, at, 16)
+    assert close(kernels.project(x, values, gates, ape, at, 16), wanted)
+
+
+@pytest.mark.parametrize("before", [0, 2, 3, 7, 126, 127, 128, 255, 511])
+def test_plan_of_one_token(before: int) -> None:
+    config = dsv4.Config.preset("nano")
+    turns = frequencies(config)
+    one, general = (
+        Plan.build(config, (1, 1), turns, torch.tensor([before]), lengths, None)
+        for lengths in (None, torch.tensor([1]))
+    )
+    for name in ("position", "reach", "before", "after"):
+        assert torch.equal(getattr(one, name), getattr(general, name)), name
+    for kind, angles in general.angles.items():
+        assert torch.equal(one.angles[kind], angles)
+    assert one.entries.keys() == general.entries.keys() and len(one.entries) == 2
+    for ratio, entries in general.entries.items():
+        assert one.entries[ratio].count == entries.count == (before + 1) // ratio
+        for name in ("last", "real", "slot", "low", "high", "angles"):
+            ours, theirs = getattr(one.entries[ratio], name), getattr(entries, name)
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, (ratio, name)
+
+
+def test_the_network_token_by_token() -> None:
+    model = randomise(Transformer(tiny()), 5, gain=1.0)
+    ids = torch.randint(256, (1, 90))
+    state = model.new_state(1)
+    one_by_one = torch.cat([model(part, state) for part in ids.split(1, 1)], 1)
+    assert close(one_by_one, model(ids))

@@ -5,6 +5,7 @@ One mutant per line of the conformance list and of model card F.4. A rule whose 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -373,7 +374,7 @@ def first_entry_pools_garbage(p: Patch, _: Transformer) -> None:
     real = compressor.Compressor._entries
 
     def broken(self, rows, last, dtype, made):
-        shifted = plan.Plan(**{**made.__dict__, "position": made.position + 100})
+        shifted = dataclasses.replace(made, position=made.position + 100)
         return real(self, rows, last, dtype, shifted)
 
     p.setattr(compressor.Compressor, "_entries", broken)

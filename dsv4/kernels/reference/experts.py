@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv4.kernels.reference.linear import columns, few
-
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """Clamped SwiGLU (report 4.2.3): the gate is capped from above only, the linear branch on both sides."""
@@ -84,22 +82,6 @@ def grouped_experts(
     return _Grouped.apply(x, weight, w1, w2, w3, counts, limit)
 
 
-def _one_token(
-    x: Tensor, chosen: list[int], weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float
-) -> Tensor:
-    """Decoding: nothing to sort, and every product takes its vector as `columns`."""
-    right = columns(x)
-    gate, up = x.new_empty(2, len(chosen), w1.shape[1], right.shape[1])
-    for e, gate_rows, up_rows in zip(chosen, gate, up):
-        torch.mm(w1[e], right, out=gate_rows)
-        torch.mm(w3[e], right, out=up_rows)
-    hidden = columns(swiglu(gate[..., 0], up[..., 0], limit).mul_(weights.T).unsqueeze(1))
-    out = x.new_empty(len(chosen), x.shape[1], right.shape[1])
-    for e, vector, rows in zip(chosen, hidden, out):
-        torch.mm(w2[e], vector, out=rows)
-    return out[..., 0].sum(0, keepdim=True)
-
-
 def routed_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float
 ) -> Tensor:
@@ -108,8 +90,6 @@ def routed_experts(
     Rows are sorted by expert, each expert multiplies its own, and every token's K results are added in a fixed order.
     Gathers go as embeddings when gradients flow: their backward adds whole rows.
     """
-    if len(x) == 1 and few(x, w1, 1):
-        return _one_token(x, experts[0].tolist(), weights, w1, w2, w3, limit)
     take = F.embedding if torch.is_grad_enabled() else lambda index, rows: rows[index]
     owner = experts.flatten()
     order = owner.argsort(stable=True)

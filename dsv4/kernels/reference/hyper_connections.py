@@ -29,20 +29,21 @@ def _enter_one(
     """`hc_enter` of one token (decoding): its few numbers cost less in Python's floats than as a hundred calls of
     torch."""
     n, v = streams.shape[-2], streams.float().reshape(-1)
-    norm = (float(v @ v) / len(v) + rms_eps) ** -0.5
-    scales = [s for s, count in zip(scale.tolist(), (n, n, n * n)) for _ in range(count)]
-    logits = [u * norm * s + b for u, s, b in zip((fn.float() @ v).tolist(), scales, base.tolist())]
-    gates = [0.5 + 0.5 * math.tanh(0.5 * x) for x in logits[: 2 * n]]  # the sigmoid, without overflow
+    norm = (float(v.dot(v)) / len(v) + rms_eps) ** -0.5
+    a, b, c = (norm * s for s in scale.tolist())
+    slopes = [a] * n + [b] * n + [c] * (n * n)
+    logits = [u * s + z for u, s, z in zip(torch.mv(fn.float(), v).tolist(), slopes, base.tolist())]
+    pre, post = ([1 + math.tanh(0.5 * x) for x in part] for part in (logits[:n], logits[n : 2 * n]))  # twice a sigmoid
     matrix = []
     for row in range(2 * n, len(logits), n):
         top = max(logits[row : row + n])
         powers = [math.exp(x - top) for x in logits[row : row + n]]
         total = sum(powers)
         matrix.append([p / total + eps for p in powers])
-    comb = [x for line in sinkhorn_one(matrix, iterations, eps) for x in line]
-    maps = torch.tensor([g + eps for g in gates[:n]] + [2 * g for g in gates[n:]] + comb)
-    x = (maps[:n] @ v.view(n, -1)).to(streams.dtype).view_as(streams[..., 0, :])
-    return x, maps[n : 2 * n].view(streams.shape[:-1]), maps[2 * n :].view(*streams.shape[:-1], n)
+    comb = sinkhorn_one(matrix, iterations, eps)
+    maps = torch.tensor([x for row in comb for x in row] + post + [0.5 * g + eps for g in pre])
+    x = torch.mv(v.view(n, -1).T, maps[-n:]).to(streams.dtype).view(*streams.shape[:-2], -1)
+    return x, maps[n * n : -n].view(streams.shape[:-1]), maps[: n * n].view(*streams.shape[:-1], n)
 
 
 def _one(streams: Tensor) -> bool:
@@ -78,8 +79,9 @@ def hc_leave(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     transpose). Stream by stream: a batched product of n x n matrices would be one call of the library per token."""
     x = streams.float()
     if _one(streams):
-        mixed = comb.reshape(post.numel(), -1).mT @ x.reshape(post.numel(), -1)
-        return torch.addr(mixed, post.reshape(-1), y.float().reshape(-1)).to(streams.dtype).view(streams.shape)
+        n = post.numel()
+        mixed = torch.mm(comb.view(n, n).mT, x.reshape(n, -1))
+        return mixed.addr_(post.view(-1), y.float().view(-1)).to(streams.dtype).view(streams.shape)
     out = post.unsqueeze(-1) * y.unsqueeze(-2).float()
     add = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
     for j in range(x.shape[-2]):

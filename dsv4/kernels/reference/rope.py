@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ZERO = torch.zeros(())
 _SHORT = 1 << 14  # values; below that the number of calls decides
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., C] any float dtype -> same; computed in float32 with one cast at the end (model card B.0)."""
     wide = x.float()
-    if wide.numel() == x.shape[-1] and weight is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
+    if x.numel() == x.shape[-1] and weight is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
         row = wide.reshape(-1)  # one row: the fewest calls
-        return (wide * (float(row @ row) / len(row) + eps) ** -0.5).mul_(weight).to(x.dtype)
+        return torch.addcmul(_ZERO, wide, weight, value=(float(row.dot(row)) / len(row) + eps) ** -0.5).to(x.dtype)
     if torch.is_grad_enabled() or x.numel() < _SHORT:
         return torch.nn.functional.rms_norm(wide, x.shape[-1:], weight, eps).to(x.dtype)
     # The same without what a gradient needs: on a CPU several times faster for many short rows.

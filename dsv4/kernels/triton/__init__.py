@@ -45,7 +45,8 @@ def _device() -> str | None:
 def usable(x: Tensor, *others: Tensor | None, backward: bool = False) -> bool:
     """x in float32 or bfloat16 and everything else on a CUDA device, triton installed, and no gradient wanted (unless
     the kernel has a ``backward``)."""
-    if x.device.type != _device() or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
+    device = _device()
+    if device is None or x.device.type != device or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
         return False
     tensors = [x, *(t for t in others if t is not None)]
     wanted = not backward and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
