@@ -37,8 +37,8 @@ def usable(x: Tensor, weight: Tensor) -> bool:
 
 
 def many(x: Tensor) -> bool:
-    """So many rows that torch's product is faster."""
-    return x.dtype == torch.bfloat16 and x.numel() >= _MANY * x.shape[-1] and not EXACT and _torch_multiplies()
+    """So many rows that torch's product is faster: in bfloat16 with AVX-512, in float32 without."""
+    return x.numel() >= _MANY * x.shape[-1] and not EXACT and (x.dtype == torch.bfloat16) == _torch_multiplies()
 
 
 @cache
