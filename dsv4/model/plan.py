@@ -38,7 +38,7 @@ class Entries:
 class Plan:
     """Shared by every layer of one forward pass."""
 
-    window: int
+    window: int  # tokens, the same in every layer
     position: Tensor  # int64 [B, T] in the token's own sequence
     reach: Tensor  # int64 [B, T] previous tokens inside the window (at most window - 1)
     valid: Tensor | None  # bool [B, T]; None = every token is real
@@ -98,7 +98,7 @@ class Plan:
 
 
 def _one(config: Config, frequencies: dict[str, Tensor], before: Tensor) -> Plan:
-    """`Plan.build` of one token of one sequence on a CPU: mostly Python's integers, a tenth of the calls."""
+    """`Plan.build` of one token of one sequence on a CPU: mostly Python's integers, fewer calls."""
     t, entries = int(before), {}
     for ratio in sorted(set(config.compress_ratios) - {0}):
         count, new = (t + 1) // ratio, int((t + 1) % ratio == 0)

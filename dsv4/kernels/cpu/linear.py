@@ -1,8 +1,8 @@
 """Linear layers and experts in C++: any number of rows, and a row's result never depends on the others.
 
 One pass over the weights when there are few rows (decoding: the memory's bandwidth), blocks that stay in the caches
-when there are many. Where the processor has bfloat16 instructions torch's own product wins for many rows, so `usable`
-leaves those to it unless DSV4_EXACT asks for results that are the same to the bit in every batch.
+when there are many. For many rows torch's own product wins in bfloat16 with AVX-512 and in float32 without it, so
+`usable` leaves those to it unless DSV4_EXACT asks for results that are the same to the bit in every batch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """One decoded token on a CPU, in as few calls as torch allows: in the middle of a decoding step, with the weights
-streaming through the caches, every call costs ten microseconds, a thousandth of the token.
+streaming through the caches, every call costs about ten microseconds.
 
 C: the length of a vector, which goes from product to product as the n columns of a right-hand factor [C, n]: two equal
 ones in float32 (see `linear.columns`), one in other dtypes."""

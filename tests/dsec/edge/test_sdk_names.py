@@ -213,11 +213,11 @@ def test_files_of_a_user(root_host: Host) -> None:
 
 
 def test_watching_a_folder(box: Any) -> None:
-    box.commands.run("mkdir -p /tmp/w/deep")
-    flat, deep = box.files.watch_dir("/tmp/w"), box.files.watch_dir("/tmp/w", recursive=True)
-    box.files.write("/tmp/w/a", "x")
+    box.commands.run("mkdir -p /tmp/seen/deep")
+    flat, deep = box.files.watch_dir("/tmp/seen"), box.files.watch_dir("/tmp/seen", recursive=True)
+    box.files.write("/tmp/seen/a", "x")
     acts = "mkdir new; echo y > deep/f; sleep 0.1; echo z > new/g; chmod 600 a; mv a b; rm b"
-    box.commands.run(acts, cwd="/tmp/w")
+    box.commands.run(acts, cwd="/tmp/seen")
     seen = watched(deep, ("remove", "b"))
     names = {"a", "b"}
     assert {("create", "a"), ("write", "a"), ("chmod", "a"), ("rename", "a"), ("create", "b"), ("create", "deep/f"),
@@ -231,7 +231,7 @@ def test_watching_a_folder(box: Any) -> None:
     with pytest.raises(InvalidRequest, match="ot a directory"):
         box.files.watch_dir("/etc/passwd")
     with pytest.raises(InvalidRequest, match="get_new_events"):
-        box.files.watch_dir("/tmp/w", on_event=print)
+        box.files.watch_dir("/tmp/seen", on_event=print)
     box.kill()
     end = time.monotonic() + 10
     with pytest.raises((NotFound, SandboxFailed)):
@@ -278,11 +278,11 @@ def test_a_watch_that_calls_back(root_host: Host) -> None:
         box = await AsyncSandbox.create(timeout=60, transport=root_host.transport())
         seen: list[str] = []
         ends: list[Exception | None] = []
-        await box.commands.run("mkdir /tmp/w; mkdir -m 700 /tmp/closed")
-        await box.files.watch_dir("/tmp/w", lambda event: seen.append(event.name), ends.append)
+        await box.commands.run("mkdir /tmp/seen; mkdir -m 700 /tmp/closed")
+        await box.files.watch_dir("/tmp/seen", lambda event: seen.append(event.name), ends.append)
         await box.files.watch_dir("/tmp", lambda event: None, ends.append, timeout=0.2)
-        await box.files.write("/tmp/w/a", "x")
-        await box.files.remove("/tmp/w")
+        await box.files.write("/tmp/seen/a", "x")
+        await box.files.remove("/tmp/seen")
         for _ in range(100):
             await asyncio.sleep(0.05)
             if len(ends) == 2:
