@@ -128,7 +128,8 @@ def test_bombs_in_gvisor_end_with_it(gvisor: Through, bomb: str) -> None:
             pass
         stats = group.stats()
         assert stats.pids <= 40 + oci.RUNTIMES["runsc"].pids
-        assert stats.memory_peak_bytes <= (64 + oci.RUNTIMES["runsc"].memory) << 20
+        # One MiB of room: the kernel lets a task that is being ended, and charges it may not refuse, pass by pages.
+        assert stats.memory_peak_bytes <= (64 + oci.RUNTIMES["runsc"].memory + 1) << 20
         box.kill()
         end = time.monotonic() + 2
         while group.pids() and time.monotonic() < end:

@@ -145,7 +145,7 @@ def test_4_5_9_bombs_and_daemons_end_with_the_machine(bench: Bench) -> None:
         if not bomb.machine.end.done():
             assert ours(bomb.machine.pid) < 96
         if group is not None and group.where.limits:
-            assert group.stats().memory_peak_bytes <= (128 + 32 + 128) << 20
+            assert group.stats().memory_peak_bytes <= (128 + 32 + 128 + 1) << 20  # a dying task may pass by pages
         begin = time.monotonic()
         await bomb.destroy()
         assert time.monotonic() - begin < 1 and not Path(f"/proc/{bomb.machine.pid}").exists()
