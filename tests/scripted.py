@@ -32,6 +32,7 @@ class ScriptedModel:
 
     def __init__(self, script: Callable[[str], str], delay: float = 0.0, context: int = 4096) -> None:
         self.script, self.delay, self.steps = script, delay, 0
+        self.turns: list[int] = []  # whose state each step was for
         vocabulary = TOKENIZER.vocab_size
         self.config = Config.preset("micro").replace(vocab_size=vocabulary, max_position_embeddings=context)
 
@@ -49,6 +50,7 @@ class ScriptedModel:
 
     def last_logits(self, ids: Tensor, state: dict[Any, Any]) -> Tensor:
         self.steps += 1
+        self.turns.append(id(state))
         time.sleep(self.delay)
         state["ids"] += ids[0].tolist()
         logits = torch.zeros(1, self.config.vocab_size)
@@ -82,3 +84,13 @@ def running(service: Service, **options: Any) -> Iterator[str]:
         server.should_exit = server.force_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def still(service: Service) -> int:
+    """Waits until the model makes no step in half a second; how many it has made."""
+    for _ in range(120):
+        before = service.engine.model.steps
+        time.sleep(0.5)
+        if service.engine.model.steps == before:
+            return int(before)
+    raise AssertionError("it goes on for a minute")

@@ -70,7 +70,7 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
         await asyncio.to_thread(lambda: sweep(detect()))
 
     async def stop(self, destroy: bool = False) -> None:
-        """Ends the Edge; sandboxes live on for the next one unless `destroy`."""
+        """Ends the Edge; sandboxes and mounted images live on for the next one unless `destroy`."""
         await self.pool.close()
         if destroy:
             await asyncio.gather(*(self._end(box, "the Edge was shut down") for box in list(self.boxes.values())))
@@ -82,6 +82,10 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
             task.cancel()
         for substrate in self._substrates.values():
             await substrate.close()
+        if destroy and (self.home / "images").exists():
+            from dsec.images.layers import Images  # here: an Edge without images starts without them
+
+            await asyncio.to_thread(Images(self.home).unmount_all)
         if self.log is not None:
             self.log.close()  # here: SQLite wants the thread that opened it
 

@@ -289,6 +289,12 @@ class Images:
             with self._locked(digest):
                 self._unmount(digest)
 
+    def unmount_all(self) -> None:
+        """As `unmount`, for every layer that is mounted, also those that no image names any more."""
+        for target in (self.folder / "mounts").iterdir():
+            with self._locked(target.name):
+                self._unmount(target.name)
+
     def _unmount(self, digest: str) -> None:
         for target in (self.folder / "mounts" / digest, self.folder / "lazy" / digest / "file"):
             while os.path.ismount(target) or not _alive(target):

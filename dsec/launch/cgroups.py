@@ -245,8 +245,9 @@ def abandon(folder: Path) -> None:
 
 
 def sweep(where: Hierarchy) -> int:
-    """Removes cgroups that are empty, whose process has died, and whose number stands in no sandbox's folder, where the
-    next Edge of that folder would find it -> how many."""
+    """Removes cgroups whose process has died and whose number stands in no sandbox's folder, where the next Edge of
+    that folder would find it -> how many. What lives in them nobody will ever ask for again: it is killed, and a
+    cgroup in which something still dies is left to the next sweep."""
     parents = [*where.v1.values(), *([where.unified] if where.unified else [])]
     removed = 0
     for path in parents[0].iterdir() if parents else ():
@@ -256,8 +257,9 @@ def sweep(where: Hierarchy) -> int:
             noted = Path(folder, "slot")
             if started(int(pid)) == int(begun) or (folder and noted.exists() and noted.read_text() == path.name):
                 continue
-            if not any((each / "cgroup.procs").read_text() for each in group.folders):
-                removed += group.remove()
+            if any((each / "cgroup.procs").read_text() for each in group.folders):
+                group.kill()
+            removed += group.remove()
     return removed
 
 

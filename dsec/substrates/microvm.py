@@ -109,7 +109,7 @@ class MicroVMSubstrate:
             return await self._create_on(spec, folder, snapshot)
         point = await self._opened(snapshot) if snapshot is not None else await self._template(spec)
         await asyncio.to_thread(point.load)
-        group = self._claim(point.memory, spec.cpu)
+        group = self._claim(point.memory, spec.cpu, folder)
         running: VirtualMachine | None = None
         try:
             machine = self._start(point, folder, group, spec.disk)
@@ -146,7 +146,7 @@ class MicroVMSubstrate:
         return await self._run(engine, folder)
 
     async def _run(self, engine: engines.Engine, folder: Path) -> VirtualMachine:
-        group = self._claim(engine.point.memory, engine.point.cpus)
+        group = self._claim(engine.point.memory, engine.point.cpus, folder)
         running: VirtualMachine | None = None
         machine: Monitor | None = None
         try:
@@ -185,7 +185,7 @@ class MicroVMSubstrate:
             raise NotFound(f"sandbox {id} ended while no Edge was running")
         group = Cgroup(self.groups, state["slot"]) if state["slot"] is not None else None
         if group is not None:
-            group.own()
+            group.own(folder)
         point = Checkpoint.known(folder, state["point"])
         kind = engines.RUNTIMES[spec.runtime] if spec.runtime else Qemu
         machine = kind(int(state["pid"]), folder, group)
@@ -307,10 +307,13 @@ class MicroVMSubstrate:
             written = disk if root.format != "erofs" else 0
             return Qemu.start(Machine(**shape), folder, self.home, group, files=written)
 
-    def _claim(self, memory: int, cpu: float) -> Cgroup | None:
+    def _claim(self, memory: int, cpu: float, folder: Path | None = None) -> Cgroup | None:
+        """`folder`: a sandbox's, in which the next Edge finds what was not ready when this one was killed."""
         if not self.groups.limits and os.geteuid() != 0:
             return None
         group = Cgroup.claim(self.groups)
+        if folder is not None:
+            group.note(folder)
         group.limit(cpu, memory + self.code + qemu.OVERHEAD, 96)  # 96: QEMU's own threads
         return group
 

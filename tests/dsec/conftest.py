@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import inspect
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,51 @@ import pytest
 import dsec
 from dsec import sandbox
 from dsec.guest import build
+from dsec.launch import cgroups
 
-ORDINARY = 54321
-"""A user id that owns nothing."""
+ORDINARY = 54321 + int("0" + os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"))
+"""A user id that owns nothing: each of pytest's workers has its own, since the kernel counts by user."""
 IS_ROOT = os.geteuid() == 0
+
+
+PATIENCE = 60.0
+"""Seconds that a test waits for what must happen: far more than a busy machine needs, so no figure of speed."""
+
+
+def until(seen: Callable[[], Any]) -> Any:
+    """Waits until something is true, and returns it."""
+    end = time.monotonic() + PATIENCE
+    while not (value := seen()):
+        assert time.monotonic() < end, "never happened"
+        time.sleep(0.02)
+    return value
+
+
+async def soon(seen: Callable[[], Any]) -> Any:
+    """Waits on an event loop until something is true, and returns it; `seen` may be a coroutine function."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        value = seen()
+        if value := (await value if inspect.isawaitable(value) else value):
+            return value
+        assert time.monotonic() < end, "never happened"
+        await asyncio.sleep(0.02)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there and not only waited for by its parent. A killed one may be, for a while."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def reachable(folder: Path) -> None:
+    """Lets every user get to a folder of pytest's, as sandboxes and servers that run as others must."""
+    for each in (folder, *folder.parents):
+        if each == Path(tempfile.gettempdir()):
+            break
+        each.chmod(0o755)
 
 
 def need_containers() -> None:
@@ -29,6 +75,16 @@ def need_containers() -> None:
         pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
     if not any(map(shutil.which, ("cc", "gcc"))):
         pytest.skip("no C compiler: apt-get install gcc libc6-dev")
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it still clears up
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """With several workers: the tests of a file share its sandboxes, those of machines their template."""
+    machines = item.path.parent.name == "vm" and item.path.name != "test_engines.py"
+    item.add_marker(pytest.mark.xdist_group("machines" if machines else item.path.name))
 
 
 class Host:
@@ -64,7 +120,7 @@ class Host:
             [self.python, "-m", "dsec.edge.server", str(self.home)], env=environment, cwd="/", start_new_session=True,
             stderr=(self.home / "edge.log").open("ab"), **drop,
         )  # fmt: skip
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while not (self.home / "edge.sock").exists():
             assert time.monotonic() < end and self.process.poll() is None, (self.home / "edge.log").read_text()
             time.sleep(0.01)
@@ -100,7 +156,6 @@ class Host:
         """Ends its sandboxes and its Edge."""
         assert self.process is not None
         if self.process.poll() is None:
-            import asyncio
 
             async def over() -> None:
                 transport = self.transport()
@@ -108,7 +163,7 @@ class Host:
                 await transport.close()
 
             asyncio.run(over())
-            self.process.wait(20)
+            self.process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +176,39 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_host(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Host]]:
+def graves() -> None:
+    """Ends and removes what the hosts and machines of killed test runs have left on this machine."""
+    dead = {folder for folder in Path("/tmp").glob("dsec-*") if (owner := words(folder / "tests")) and not alive(owner)}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            named = [*(entry / "cmdline").read_bytes().split(b"\0"), os.fsencode(os.readlink(entry / "fd/1"))]
+            if any(folder in Path(os.fsdecode(name)).parents for name in named for folder in dead):
+                os.kill(int(entry.name), signal.SIGKILL)
+    for path in next(iter(cgroups.detect().v1.values()), cgroups.detect().unified or Path("/nowhere")).glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # an Edge's own folder is nobody else's to judge, one of pytest's is
+            *owner, of = os.getxattr(path, cgroups._OWNER).decode().split(" ", 2)
+            if not alive(owner) and Path(of).is_relative_to(Path(tempfile.gettempdir(), f"pytest-of-{getuser()}")):
+                cgroups.abandon(Path(of))
+    for folder in dead:
+        for each in (folder / "home/sandboxes").glob("*"):
+            cgroups.abandon(each)
+        for line in reversed(Path("/proc/mounts").read_text().splitlines()):
+            if line.split()[1].startswith(f"{folder}/"):
+                subprocess.run(["umount", "-l", line.split()[1]], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def words(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []
+
+
+def alive(owner: list[str]) -> bool:
+    """Whether the process of that number and start is there."""
+    return cgroups.started(int(owner[0])) == int(owner[1])
+
+
+@pytest.fixture(scope="session")
+def make_host(request: pytest.FixtureRequest, graves: None) -> Iterator[Callable[[str], Host]]:
     """make_host("root" | "user"): another host, ended with the session."""
     hosts: list[Host] = []
     folders: list[str] = []
@@ -132,6 +219,7 @@ def make_host(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Host]]
             pytest.skip("needs root: sudo script/test tests/dsec")
         folders.append(tempfile.mkdtemp(prefix="dsec-", dir="/tmp"))
         os.chmod(folders[-1], 0o755)
+        Path(folders[-1], "tests").write_text(f"{os.getpid()} {cgroups.started(os.getpid())}")
         hosts.append(Host(who, Path(folders[-1]), request.getfixturevalue("programs")))
         return hosts[-1]
 
@@ -139,7 +227,7 @@ def make_host(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Host]]
     for host in hosts:
         host.stop()
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

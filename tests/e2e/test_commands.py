@@ -98,7 +98,7 @@ def test_serve_says_what_it_serves_and_stops_on_ctrl_c(served: tuple[subprocess.
     taken = run("serve", "any", "--port", port)
     assert taken.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in taken.stderr
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) in (0, 130) and process.stderr is not None
+    assert process.wait(60) in (0, 130) and process.stderr is not None
     assert "Traceback" not in process.stderr.read()
     with socket.create_server(("127.0.0.1", port)):
         pass  # free again

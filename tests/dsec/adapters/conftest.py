@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from dsec.client import EmbeddedTransport
+from tests.dsec.conftest import reachable
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    for parent in (folder, *folder.parents[:2]):  # sandboxes run as other users
-        parent.chmod(0o711)
+    reachable(folder)
     patch = pytest.MonkeyPatch()
     patch.setenv("DSEC_HOME", str(folder))
     patch.delenv("DSEC_URL", raising=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from conftest import Cluster
+
+from tests.dsec.conftest import soon, until
 
 e2b = pytest.importorskip("e2b", reason="E2B's SDK is missing: pip install e2b")
 
@@ -122,18 +123,14 @@ def test_watching_a_folder(box: Any, options: dict[str, Any]) -> None:
         seen: list[Any] = []
         handle = await same.files.watch_dir("/tmp", seen.append, recursive=True)
         await same.files.write("/tmp/deep/f", "x")
-        for _ in range(200):
-            if ("deep/f", e2b.FilesystemEventType.CREATE) in [(each.name, each.type) for each in seen]:
-                break
-            await asyncio.sleep(0.02)
-        else:
-            raise AssertionError(seen)
+        made = ("deep/f", e2b.FilesystemEventType.CREATE)
+        await soon(lambda: made in [(each.name, each.type) for each in seen])
         await handle.stop()
-        for _ in range(200):
-            if not [each for each in await same.commands.list() if "watch" in str(each.args)]:
-                return
-            await asyncio.sleep(0.02)
-        raise AssertionError("the watch goes on although nobody listens")
+
+        async def over() -> bool:  # a watch does not go on when nobody listens
+            return not [each for each in await same.commands.list() if "watch" in str(each.args)]
+
+        await soon(over)
 
     asyncio.run(body())
 
@@ -143,11 +140,8 @@ def test_watching_by_asking(box: Any) -> None:
     assert handle.get_new_events() == []
     box.files.write("/tmp/f", "x")
     seen: list[Any] = []
-    for _ in range(200):
-        seen += [(each.name, each.type) for each in handle.get_new_events()]
-        if ("f", e2b.FilesystemEventType.WRITE) in seen:
-            break
-        time.sleep(0.02)
+    last = ("f", e2b.FilesystemEventType.WRITE)
+    until(lambda: seen.extend((each.name, each.type) for each in handle.get_new_events()) or last in seen)
     assert seen.count(("f", e2b.FilesystemEventType.CREATE)) == 1, seen
     handle.stop()
     with pytest.raises(e2b.SandboxException):
@@ -159,7 +153,7 @@ def test_ports(cluster: Cluster, options: dict[str, Any], monkeypatch: pytest.Mo
     monkeypatch.setattr(cluster.service.ports, "domain", "boxes.test")
     with e2b.Sandbox.create(timeout=60, **options) as box:
         box.commands.run("python3 -m http.server 8000 -d /usr/share -b 127.0.0.1", background=True)
-        box.commands.run("for i in $(seq 99); do grep -q ':1F40 ' /proc/net/tcp && break; sleep 0.05; done")
+        box.commands.run("until grep -q ':1F40 ' /proc/net/tcp; do sleep 0.02; done")
         assert box.get_host(8000) == f"8000-{box.sandbox_id}.boxes.test"
         headers = {"Host": box.get_host(8000), "e2b-traffic-access-token": box.traffic_access_token}
         where = f"http://127.0.0.1:{cluster.service.ports.port}/"

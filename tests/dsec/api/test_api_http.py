@@ -51,7 +51,7 @@ def against(script: Scripted, work: Callable[[HttpClient], Awaitable[None]], mos
         server = await asyncio.start_server(script, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         client = HttpClient(f"http://127.0.0.1:{port}/base", {"x-api-key": "k"}, most=most)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await work(client)
         await client.close()
         server.close()

@@ -73,7 +73,7 @@ def box(cluster: Cluster) -> Iterator[Any]:
     }
     with Sandbox.create(**spec, transport=remote) as made:
         made.commands.run(["/usr/bin/python3", "-c", SERVER], background=True, timeout=100)
-        made.commands.run("for i in $(seq 99); do grep -q ':1F40 ' /proc/net/tcp && break; sleep 0.05; done")
+        made.commands.run("until grep -q ':1F40 ' /proc/net/tcp; do sleep 0.02; done")
         yield made
 
 
@@ -191,7 +191,7 @@ def test_a_killed_sandbox_ends_its_connections(cluster: Cluster) -> None:
     remote = RemoteTransport(cluster.url, cluster.blue)
     made = Sandbox.create(substrate="container", timeout=60, network=["in:9000"], transport=remote)
     made.commands.run(["/usr/bin/python3", "-c", SERVER], background=True)
-    made.commands.run("for i in $(seq 99); do grep -q ':2328 ' /proc/net/tcp && break; sleep 0.05; done")
+    made.commands.run("until grep -q ':2328 ' /proc/net/tcp; do sleep 0.02; done")
     with socket.create_connection(("127.0.0.1", cluster.service.ports.port), 20) as link:
         link.sendall(f"CONNECT {label(made, 9000)}:1 HTTP/1.1\r\n\r\n".encode())
         file = link.makefile("rb")

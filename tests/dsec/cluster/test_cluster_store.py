@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import threading
@@ -21,6 +20,7 @@ from dsec.cluster.database import Sqlite
 from dsec.cluster.errors import Conflict, StoreUnavailable, UnknownProject
 from dsec.cluster.store import Budget, Edge, Key, Project, Row, Store, open_store
 from dsec.errors import QuotaExceeded
+from tests.dsec.conftest import reachable
 
 
 def server_programs() -> Path | None:
@@ -37,14 +37,11 @@ class Server:
     def __init__(self, folder: Path, programs: Path) -> None:
         self.folder, self.programs = folder, programs
         self.user: dict[str, int] = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         if self.user:
             os.chown(folder, 65534, 65534)
         self.run("initdb", "-D", str(folder / "data"), "-U", "dsec", "-A", "trust", "--no-sync")
         self.start()
-        self.url = f"postgresql://dsec@127.0.0.1:{self.port}/postgres"
+        self.url = f"postgresql://dsec@/postgres?host={folder}"
 
     def run(self, program: str, *arguments: str) -> None:
         command = [str(self.programs / program), *arguments]
@@ -54,7 +51,7 @@ class Server:
         )  # type: ignore[call-overload]
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"  # no port to race for
         self.run(
             "pg_ctl", "-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "-w", "start"
         )
@@ -70,8 +67,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if programs is None:
         pytest.skip("no PostgreSQL server: apt-get install postgresql")
     folder = tmp_path_factory.mktemp("postgres", numbered=True)
-    for parent in (folder, *folder.parents[:2]):  # the server's user must get there
-        parent.chmod(0o755)
+    reachable(folder)  # for the server's user
     server = Server(folder, programs)
     yield server
     server.stop()

@@ -27,7 +27,7 @@ from dsec.errors import (
     SubstrateUnavailable,
 )
 from dsec.types import Spec
-from tests.dsec.conftest import Host
+from tests.dsec.conftest import Host, lives, until
 
 
 @pytest.fixture(params=["root", "user"])
@@ -53,8 +53,7 @@ def test_a_killed_client_loses_nothing(root_host: Host) -> None:
     assert client.stdout is not None
     id = client.stdout.readline().strip()
     box = root_host.sync("connect", id)
-    while not box.files.exists("counter"):
-        time.sleep(0.01)
+    until(lambda: box.files.exists("counter"))
     client.kill()
     client.wait()
     (command,) = box.commands.list()
@@ -69,11 +68,9 @@ def test_a_killed_edge_loses_nothing(own: Host) -> None:
     done = box.commands.run("echo finished", background=True)
     done.wait()
     handle = box.commands.run("echo one >> counter; echo begun; sleep 1; echo two >> counter; exit 5", background=True)
-    while not box.files.exists("counter"):
-        time.sleep(0.01)
+    until(lambda: box.files.exists("counter"))
     deadline = box.get_info().deadline
     own.kill()
-    time.sleep(0.1)
     own.start()
     again = own.sync("connect", box.id)
     assert again.get_info().metadata == {"who": "me"} and again.get_info().deadline == deadline
@@ -93,7 +90,7 @@ def test_a_sandbox_that_died_while_no_edge_ran_is_gone(own: Host) -> None:
     children = Path(f"/proc/{state['running']['pid']}/task/{state['running']['pid']}/children").read_text().split()
     for pid in children:
         os.kill(int(pid), signal.SIGKILL)
-    time.sleep(0.2)
+    until(lambda: not any(lives(int(pid)) for pid in children))
     own.start()
     with pytest.raises(NotFound):
         own.sync("connect", box.id)
@@ -101,19 +98,23 @@ def test_a_sandbox_that_died_while_no_edge_ran_is_gone(own: Host) -> None:
 
 
 def test_deadlines_hold_across_an_edge_and_a_pause_stops_them(own: Host) -> None:
-    short, paused = own.create(timeout=5), own.create(timeout=5)
+    long, short, paused = (own.create(timeout=60) for _ in range(3))
+    deadlines = [box.get_info().deadline for box in (long, paused)]
     paused.pause()
+    stopped = time.time()
+    short.set_timeout(0.5)
     own.kill()
     own.start()
-    assert {info.id for info in own.sync("list")} == {short.id, paused.id}
-    time.sleep(max(short.get_info().deadline - time.time(), 0) + 0.5)
-    assert [info.id for info in own.sync("list")] == [paused.id]
+    until(lambda: {info.id for info in own.sync("list")} == {long.id, paused.id})
+    stood = time.time() - stopped
     woken = own.sync("connect", paused.id)
+    assert long.get_info().deadline == deadlines[0]
+    assert deadlines[1] + stood <= woken.get_info().deadline <= time.time() + 60, "its time stood while it was paused"
     assert woken.commands.run("echo awake").stdout == "awake\n"
-    assert 0 < woken.get_info().deadline - time.time() < 5
-    woken.set_timeout(30)
-    assert woken.get_info().deadline - time.time() > 25
-    woken.kill()
+    woken.set_timeout(300)
+    assert woken.get_info().deadline > time.time() + 60
+    for box in (long, woken):
+        box.kill()
 
 
 def test_only_one_edge_owns_a_folder(root_host: Host) -> None:
@@ -149,12 +150,10 @@ asyncio.run_coroutine_threadsafe(over(), _Loop.get()).result()
 def test_a_pool_makes_creation_a_claim(root_host: Host) -> None:
     assert root_host.sync("pool", 3, memory=128, disk=32) == 3
     try:
-        times, boxes = [], []
+        boxes = []
         for i in range(3):
-            start = time.perf_counter()
             boxes.append(root_host.create(memory=128, disk=32, env={"N": str(i)}, metadata={"n": str(i)}))
             assert boxes[-1].commands.run("echo $N").stdout == f"{i}\n"
-            times.append(time.perf_counter() - start)
         assert len({box.id for box in boxes}) == 3 and {box.get_info().metadata["n"] for box in boxes} == {
             "0",
             "1",
@@ -183,10 +182,8 @@ def test_stock_dies_with_its_edge(make_host: Callable[[str], Host]) -> None:
     host.start()
     assert [info.id for info in host.sync("list")] == [claimed.id], "what nobody owns does not live on"
     assert claimed.commands.run("echo mine").stdout == "mine\n"
-    end = time.monotonic() + 10  # what was in stock, and what was being made, is cleared away behind the scenes
-    while [path.name for path in (host.home / "sandboxes").iterdir()] != [claimed.id]:
-        assert time.monotonic() < end, list((host.home / "sandboxes").iterdir())
-        time.sleep(0.02)
+    # what was in stock, and what was being made, is cleared away behind the scenes
+    until(lambda: [path.name for path in (host.home / "sandboxes").iterdir()] == [claimed.id])
     host.stop()
 
 

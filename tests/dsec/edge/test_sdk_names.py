@@ -15,7 +15,7 @@ import pytest
 from dsec import AsyncSandbox, PtySize, Sandbox, SandboxQuery, sandbox
 from dsec.errors import InvalidRequest, NotFound, SandboxFailed, Timeout
 from dsec.types import SandboxInfo, page
-from tests.dsec.conftest import Host
+from tests.dsec.conftest import Host, soon, until
 
 NAMES = {  # public names of E2B's Python SDK 2.63, by class
     "Sandbox": "files commands pty git is_running create connect fork kill set_timeout update_network get_info"
@@ -148,8 +148,9 @@ def test_handles_keep_callbacks_and_results(root_host: Host) -> None:
         assert cat.wait().stdout == "x" and box.commands.kill(999) is False
         assert [(each.pid, each.cmd) for each in box.commands.list()][-1] == (cat.pid, "cat")
         shown: list[str] = []
-        terminal = box.pty.create("stty size; read x; stty size", size=PtySize(10, 40), on_data=shown.append)
-        time.sleep(0.2)
+        sizes = "stty size; touch first; read x; stty size"
+        terminal = box.pty.create(sizes, size=PtySize(10, 40), on_data=shown.append)
+        until(lambda: box.files.exists("first"))
         box.pty.resize(terminal.pid, PtySize(20, 50))
         box.pty.send_stdin(terminal.pid, "\n")
         terminal.wait()
@@ -233,10 +234,8 @@ def test_watching_a_folder(box: Any) -> None:
     with pytest.raises(InvalidRequest, match="get_new_events"):
         box.files.watch_dir("/tmp/seen", on_event=print)
     box.kill()
-    end = time.monotonic() + 10
     with pytest.raises((NotFound, SandboxFailed)):
-        while time.monotonic() < end:
-            flat.get_new_events()
+        until(lambda: flat.get_new_events() and False)
 
 
 def test_a_watch_tells_each_line_once(root_host: Host) -> None:
@@ -265,11 +264,7 @@ def test_a_watch_tells_each_line_once(root_host: Host) -> None:
 def watched(handle: Any, last: tuple[str, str]) -> set[tuple[str, str]]:
     """Events until one comes."""
     seen: set[tuple[str, str]] = set()
-    end = time.monotonic() + 10
-    while last not in seen:
-        assert time.monotonic() < end, seen
-        seen |= {(event.type, event.name) for event in handle.get_new_events()}
-        time.sleep(0.02)
+    until(lambda: seen.update((event.type, event.name) for event in handle.get_new_events()) or last in seen)
     return seen
 
 
@@ -283,10 +278,7 @@ def test_a_watch_that_calls_back(root_host: Host) -> None:
         await box.files.watch_dir("/tmp", lambda event: None, ends.append, timeout=0.2)
         await box.files.write("/tmp/seen/a", "x")
         await box.files.remove("/tmp/seen")
-        for _ in range(100):
-            await asyncio.sleep(0.05)
-            if len(ends) == 2:
-                break
+        await soon(lambda: len(ends) == 2)
         assert "a" in seen and ends == [None, None], "the folder is gone; its time was over"
         with pytest.raises(InvalidRequest, match="ermi"):
             await box.files.watch_dir("/tmp/closed", print, user="nobody")

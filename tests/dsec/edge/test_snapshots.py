@@ -24,7 +24,7 @@ from dsec.images.layers import Images
 from dsec.trajectory import TrajectoryLog
 from dsec.trajectory.key import identity
 from dsec.types import Spec
-from tests.dsec.conftest import Host
+from tests.dsec.conftest import Host, until
 
 
 @pytest.fixture
@@ -54,8 +54,13 @@ def count(box: Any, **options: Any) -> Any:
     return box.commands.run("echo x >> n; wc -l < n", **options)
 
 
+def runs(box: Any) -> bool:
+    """Whether a step of it does. (To look for a file would be another step.)"""
+    return any(command["exit_code"] is None for command in box.commands.list())
+
+
 def doomed(box: Any, command: str) -> threading.Thread:
-    """A command that goes on while the test does, and whose failure is no surprise."""
+    """A command that runs on while the test does, and whose failure is no surprise."""
 
     def run() -> None:
         with contextlib.suppress(DsecError):
@@ -63,6 +68,7 @@ def doomed(box: Any, command: str) -> threading.Thread:
 
     thread = threading.Thread(target=run)
     thread.start()
+    until(lambda: runs(box))
     return thread
 
 
@@ -100,11 +106,7 @@ def test_every_second_step_and_what_a_resume_says(own: Host) -> None:
 def test_the_clock_saves_what_waits_between_two_steps(own: Host) -> None:
     box = own.create(trajectory="s/3", snapshot_seconds=0.3, timeout=60)
     count(box)
-    end = time.monotonic() + 10
-    while not kept(own):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    first = kept(own)
+    first = until(lambda: kept(own))
     time.sleep(1.0)
     assert kept(own) == first, "nothing was done, so nothing new is kept"
     box.kill()
@@ -116,24 +118,24 @@ def test_the_clock_saves_what_waits_between_two_steps(own: Host) -> None:
 def test_a_preemption_waits_for_the_step_that_runs_and_keeps_all_files(own: Host) -> None:
     box = own.create(trajectory="s/4", timeout=60)
     count(box)
-    running = threading.Thread(target=lambda: box.commands.run("sleep 0.7; echo slow >> n"))
+    slow = "sleep 0.7; echo slow >> n"
+    running = threading.Thread(target=lambda: box.commands.run(slow))
     running.start()
-    time.sleep(0.3)
-    assert ask(own, "preempt", id=box.id, notice=5)["snapshot"] in kept(own)
+    until(lambda: runs(box))
+    assert ask(own, "preempt", id=box.id, notice=50)["snapshot"] in kept(own)
     running.join()
     with pytest.raises(Preempted):
         count(box)
     box.kill()
     again = own.create(trajectory="s/4", timeout=60)
     assert again.get_info().resumed == {"files": "alive", "step": 2, "steps": 2}
-    assert count(again).replayed and again.commands.run("sleep 0.7; echo slow >> n").replayed
+    assert count(again).replayed and again.commands.run(slow).replayed
     assert again.commands.run("cat n").stdout == "x\nslow\n"
 
 
 def test_a_preemption_that_comes_too_late_says_so(own: Host) -> None:
     box = own.create(trajectory="s/5", timeout=60)
-    running = doomed(box, "sleep 30")
-    time.sleep(0.3)
+    running = doomed(box, "sleep 60")
     with pytest.raises(InvalidRequest, match="1 steps running"):
         ask(own, "preempt", id=box.id, notice=0.5)
     assert not kept(own) and "1 steps running" in box.get_info().resumed["snapshot_failed"]
@@ -183,7 +185,7 @@ def test_an_edge_killed_while_it_captures(make_host: Callable[[str], Host], poin
     with pytest.raises((SandboxFailed, OSError, DsecError)):
         for _ in range(3):
             count(box)
-    assert own.process and own.process.wait(10) == -signal.SIGKILL
+    assert own.process and own.process.wait(60) == -signal.SIGKILL
     (own.home / "edge.sock").unlink(missing_ok=True)
     own.start()
     assert not list((own.home / "snapshots").glob(".*")), "half of one"
@@ -201,15 +203,15 @@ def test_an_edge_killed_while_it_captures(make_host: Callable[[str], Host], poin
 def test_a_sandbox_that_dies_in_a_command_leaves_its_outcome_unknown(own: Host) -> None:
     box = own.create(trajectory="s/7", timeout=60)
     box.log_snapshot()
-    running = doomed(box, "echo x >> n; sleep 30")
-    time.sleep(0.3)
+    command = "echo x >> n; sleep 60"
+    running = doomed(box, command)
     pid = Box.saved(own.home / "sandboxes" / box.id)["running"]["pid"]
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)
-    running.join(20)
+    running.join(60)
     again = own.create(trajectory="s/7", timeout=60)
     with pytest.raises(OutcomeUnknown):
-        again.commands.run("echo x >> n; sleep 30")
+        again.commands.run(command)
     assert again.get_info().resumed == {"files": "behind", "step": 0, "steps": 1}
 
 

@@ -7,12 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.dsec.conftest import until
 
 
 def missing() -> str:
@@ -58,12 +59,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "nanio", "serve", "--port", str(port), "--data-dir", str(folder)]
     log = open(folder / "server.log", "wb")  # noqa: SIM115
     process = subprocess.Popen(command, env={**os.environ, **keys}, stdout=log, stderr=log)
-    for _ in range(300):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
+
+    def answers() -> bool:
         assert process.poll() is None, (folder / "server.log").read_text()
-        time.sleep(0.1)
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    until(answers)
     yield f"http://127.0.0.1:{port}"
     process.terminate()
-    process.wait(10)
+    process.wait()

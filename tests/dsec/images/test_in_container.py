@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from dsec.images.layers import Images
+from tests.dsec.conftest import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("mountable")]
 
@@ -38,8 +38,7 @@ def root_of(folder: Path, *programs: str) -> Path:
 
 def after(file: Path, number: int) -> int:
     """Waits until the file has been replaced by another one; returns its inode."""
-    while not file.exists() or file.stat().st_ino == number:
-        time.sleep(0.05)
+    until(lambda: file.exists() and file.stat().st_ino != number)
     return file.stat().st_ino
 
 

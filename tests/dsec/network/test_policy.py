@@ -66,7 +66,7 @@ PRIVATE = (
 ).split()
 
 
-@pytest.mark.parametrize("address", [*PRIVATE, *map(str, METADATA)])
+@pytest.mark.parametrize("address", [*PRIVATE, *sorted(map(str, METADATA))])
 def test_nothing_wide_opens_what_is_not_public(address: str) -> None:
     """Not the whole Internet, not every network, and not a name whose owner points it here (DNS rebinding)."""
     for network in (["*"], ["0.0.0.0/0", "::/0"], ["*", "evil.net"], ["evil.net"]):

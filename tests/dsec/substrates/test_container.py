@@ -21,13 +21,13 @@ from dsec.errors import (
     SubstrateUnavailable,
     Timeout,
 )
-from tests.dsec.conftest import ORDINARY, Host
+from tests.dsec.conftest import ORDINARY, Host, reachable, until
 
 
 def test_commands_and_files(box: Any) -> None:
     result = box.commands.run("echo out; echo err >&2; echo $HOME $PWD; id -u", env={"A": "b"})
     assert (result.stdout, result.stderr, result.exit_code) == ("out\n/root /root\n0\n", "err\n", 0)
-    assert not result.truncated and not result.replayed and 0 < result.duration < 10
+    assert not result.truncated and not result.replayed and result.duration > 0
     with pytest.raises(CommandFailed) as caught:
         box.commands.run("echo why >&2; exit 3")
     assert caught.value.result.exit_code == 3 and "why" in str(caught.value)
@@ -68,22 +68,18 @@ def test_streaming_background_and_terminal(box: Any) -> None:
 
 
 def test_timeouts_kill_and_say_so(box: Any) -> None:
-    start = time.monotonic()
     with pytest.raises(Timeout, match=r"0\.3 s"):
         box.commands.run("trap '' TERM INT; while :; do :; done", timeout=0.3)
-    assert time.monotonic() - start < 1.5
     assert box.commands.run("echo alive").stdout == "alive\n"
 
 
 def test_a_sandbox_ends_on_time_with_all_it_started(host: Host) -> None:
-    box = host.create(timeout=1.0)
+    box = host.create(timeout=60)
     mark = f"100{secrets.randbelow(10**6)}"
-    box.commands.run(f"(setsid sleep {mark} &) ; (trap '' TERM; sleep {mark}) & sleep 0.2", check=False)
-    assert running(mark) >= 2
-    end = time.monotonic() + 4
-    while (running(mark) or box.is_running()) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert running(mark) == 0 and not box.is_running()
+    box.commands.run(f"(setsid sleep {mark} &) ; (trap '' TERM; sleep {mark}) & true", check=False)
+    until(lambda: running(mark) >= 2)
+    box.set_timeout(0.5)
+    until(lambda: running(mark) == 0 and not box.is_running())
     with pytest.raises(NotFound):
         box.commands.run("true")
 
@@ -112,9 +108,7 @@ def test_fork_bombs_stop_at_the_limit(host: Host) -> None:
         assert "fork" in result.stderr, result
         with pytest.raises((InvalidRequest, CommandFailed)):
             box.commands.run(["/bin/sh", "-c", "true & true & true"])  # full: it says so (bash would try for 15 s)
-        started = time.monotonic()
-        box.kill()
-        assert time.monotonic() - started < 1.5
+        assert box.kill() and not box.is_running(), "and it ends"
 
 
 def test_memory_bombs_end_inside(host: Host) -> None:
@@ -230,9 +224,7 @@ def test_pause_snapshot_and_fork(box: Any, host: Host) -> None:
 
 
 def test_images_from_a_folder(host: Host, tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        os.chmod(parent, 0o755)
+    reachable(tmp_path)
     busybox = Path("/usr/bin/busybox") if Path("/usr/bin/busybox").exists() else Path("/bin/busybox")
     if not busybox.exists():
         pytest.skip("no busybox: apt-get install busybox-static")
@@ -281,17 +273,14 @@ def test_a_sandbox_whose_agent_is_killed_fails_with_a_reason(root_host: Host) ->
         try:
             if (folder / "cmdline").read_bytes().startswith(b"/.dsec/agent\0"):
                 base = int((folder / "uid_map").read_text().split()[1])
-                if str(base) in box.commands.run("cat /proc/self/uid_map").stdout:
+                if str(base) in box.commands.run("cat /proc/self/uid_map").stdout.split():
                     os.kill(int(folder.name), 9)
                     break
         except (FileNotFoundError, ProcessLookupError):
             continue
     with pytest.raises((SandboxFailed, NotFound)):
         box.commands.run("true")
-    deadline = time.monotonic() + 5  # the Edge may still be clearing up behind it
-    while box.is_running() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not box.is_running()
+    until(lambda: not box.is_running())  # the Edge may still be clearing up behind it
 
 
 DAEMON = """
@@ -311,28 +300,32 @@ if sys.argv[1] == "late": time.sleep(60)
 """
 
 
-def beating(box: Any) -> set[str]:
-    """Which daemons still write."""
-    sizes = "for f in /tmp/beat-*; do echo $f $(stat -c %s $f); done"
-    before = set(box.commands.run(sizes).stdout.splitlines())
-    time.sleep(0.3)
-    after = set(box.commands.run(sizes).stdout.splitlines())
-    return {line.split()[0].removeprefix("/tmp/beat-") for line in after - before}
+def beats(box: Any) -> dict[str, int]:
+    """How often each daemon has written."""
+    lines = box.commands.run("cd /tmp; stat -c '%n %s' beat-*", check=False).stdout
+    return {name.removeprefix("beat-"): int(size) for name, size in map(str.split, lines.splitlines())}
 
 
 def test_a_command_past_its_time_takes_along_all_it_started_and_nothing_else(box: Any) -> None:
-    """Double-forked, in sessions of their own, deaf to signals: dead within a second. Daemons of an earlier command,
+    """Double-forked, in sessions of their own, deaf to signals: dead when it says so. Daemons of an earlier command,
     other commands and the sandbox live on."""
     box.files.write("daemon.py", DAEMON)
     box.commands.run("python3 daemon.py early")
-    other = box.commands.run("sleep 2; echo fine", background=True)
-    time.sleep(0.3)
-    start = time.monotonic()
-    with pytest.raises(Timeout):
-        box.commands.run("setsid sleep 77 & python3 daemon.py late", timeout=0.6)
-    assert time.monotonic() - start < 1.6
-    assert beating(box) == {"early-session", "early-group"}
+    other = box.commands.run("read line; echo fine", background=True, stdin=True)
+    until(lambda: len(beats(box)) == 2)
+    for seconds in (0.6, 3, 15):  # until the daemons of this one were there before it ended
+        with pytest.raises(Timeout):
+            box.commands.run("setsid sleep 77 & python3 daemon.py late", timeout=seconds)
+        before = beats(box)
+        if len(before) == 4:
+            break
+    later = until(lambda: (now := beats(box))["early-session"] > before["early-session"] + 9 and now)
+    assert later["early-group"] > before["early-group"]
+    assert {name: later[name] for name in later if name.startswith("late")} == {
+        name: before[name] for name in ("late-session", "late-group")
+    }, "they write on"
     assert box.commands.run("pgrep -f 'sleep 7[7]'", check=False).exit_code == 1
+    other.send_stdin("\n")
     assert other.wait().stdout == "fine\n"
 
 

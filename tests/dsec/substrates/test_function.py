@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import pytest
 from dsec.errors import InvalidRequest, NotFound, SandboxFailed, Timeout
 from dsec.substrates.function import LEVELS, Functions, FunctionSubstrate
 from dsec.types import Spec
-from tests.dsec.conftest import IS_ROOT, Host
+from tests.dsec.conftest import IS_ROOT, Host, soon
 
 
 def run(variant: str, body: Callable[[Functions], Any], **spec: Any) -> Any:
     async def main() -> Any:
         functions = Functions(variant, Spec(substrate="function", **spec))
         try:
-            return await asyncio.wait_for(body(functions), 60)
+            return await asyncio.wait_for(body(functions), 70)  # before the longest loop ends by itself
         finally:
             await functions.destroy()
 
@@ -58,15 +57,9 @@ def test_values_errors_and_deaths(variant: str) -> None:
             await box.call("nobody:nothing", [], {}, 10)
         with pytest.raises(SandboxFailed, match="not JSON"):
             await box.call("def main(): return object()", [], {}, 10)
-        start = time.monotonic()
         with pytest.raises(Timeout):
             await box.call(HOG, [], {}, 0.5)
-        assert time.monotonic() - start < 2
-        for _ in range(100):
-            if not hogs():
-                break
-            await asyncio.sleep(0.02)
-        assert not hogs(), "a loop that was killed goes on"
+        await soon(lambda: not hogs())  # a loop that was killed does not go on
         assert await box.call("def main(): return 5", [], {}, 10) == 5
         assert await asyncio.gather(*(box.call("def main(i): return i", [i], {}, 20) for i in range(20))) == list(
             range(20)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from dsec.edge.box import Box
 from dsec.errors import InvalidRequest, NotFound, SandboxFailed, SubstrateUnavailable, Timeout
 from dsec.launch import cgroups
 from dsec.substrates import oci
-from tests.dsec.conftest import Host
+from tests.dsec.conftest import Host, until
 from tests.dsec.launch.test_rules import (  # noqa: F401 - collected here as well
     test_commands_have_no_privilege_and_no_way_to_one,
     test_no_descriptor_of_the_host_leaks,
@@ -131,10 +130,7 @@ def test_bombs_in_gvisor_end_with_it(gvisor: Through, bomb: str) -> None:
         # One MiB of room: the kernel lets a task that is being ended, and charges it may not refuse, pass by pages.
         assert stats.memory_peak_bytes <= (64 + oci.RUNTIMES["runsc"].memory + 1) << 20
         box.kill()
-        end = time.monotonic() + 2
-        while group.pids() and time.monotonic() < end:
-            time.sleep(0.02)
-        assert not group.pids()
+        until(lambda: not group.pids())
 
 
 def test_snapshots_of_gvisor_have_what_was_written(gvisor: Through) -> None:

@@ -16,6 +16,7 @@ from dsec.trajectory.log import names
 from dsec.trajectory.segment import segments
 from dsec.trajectory.show import verify
 from dsec.trajectory.upkeep import Bounds, closed, size, tend
+from tests.dsec.conftest import soon
 
 
 def left(log: TrajectoryLog) -> list[str]:
@@ -100,10 +101,8 @@ def test_an_edge_does_it_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "snapshots").mkdir()
         (tmp_path / "snapshots" / "auto-0123456789abcdef-00000000").mkdir()
         await edge.start()
-        end = time.monotonic() + 10
-        while edge.log is None or left(edge.log) or list((tmp_path / "snapshots").iterdir()):
-            assert time.monotonic() < end, "trajectories go, and the files that were kept for nobody"
-            await asyncio.sleep(0.02)
+        # trajectories go, and the files that were kept for nobody
+        await soon(lambda: edge.log and not left(edge.log) and not list((tmp_path / "snapshots").iterdir()))
         assert len(segments(edge.log.writer.folder)) <= 2
         await edge.stop()
 

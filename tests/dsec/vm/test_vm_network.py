@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.server
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from vm_bench import SPEC, Bench, shell
 from dsec.errors import InvalidRequest
 from dsec.network.policy import parse
 from dsec.network.proxy import PORT, Proxy
+from tests.dsec.conftest import soon
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -59,17 +61,17 @@ def test_a_port_of_a_machine_is_reached_from_the_host(bench: Bench) -> None:
     async def work() -> None:
         machine = await bench.create()
         machine.agent.exec('while :; do echo "it is $(uname -s)" | nc -l -p 8000; done', lambda kind, data: None)
-        said = b""
-        for _ in range(100):
-            try:
+
+        async def said() -> bytes:
+            words = b""
+            with contextlib.suppress(InvalidRequest, ConnectionResetError):  # it does not listen yet, or not again
                 stream = await machine.agent.streams.connect(8000)
                 stream.end()
-                while part := await asyncio.wait_for(stream.read(), 10):
-                    said += part
-                break
-            except (InvalidRequest, ConnectionResetError):
-                await asyncio.sleep(0.05)
-        assert said == b"it is Linux\n"
+                while part := await stream.read():
+                    words += part
+            return words
+
+        assert await soon(said) == b"it is Linux\n"
         with pytest.raises(InvalidRequest, match="refused"):
             await machine.agent.streams.connect(8001)
         await machine.destroy()

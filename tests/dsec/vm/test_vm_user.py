@@ -76,7 +76,7 @@ def test_a_machine_of_an_ordinary_user(place: tuple[Path, str]) -> None:
         command,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         env=settings,
         cwd=folder,
         **ordinary,  # type: ignore[call-overload]

@@ -19,7 +19,7 @@ class Bench:
         self.substrate, self.scratch, self.count = substrate, scratch, 0
         self.made: list[VirtualMachine] = []
 
-    def run(self, work: Coroutine[Any, Any, Any], timeout: float = 120) -> Any:
+    def run(self, work: Coroutine[Any, Any, Any], timeout: float = 300) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(work, timeout))
 
     def folder(self) -> Path:
@@ -41,7 +41,7 @@ class Bench:
 
 
 async def shell(
-    machine: VirtualMachine, command: str | list[str], timeout: float = 30, **options: Any
+    machine: VirtualMachine, command: str | list[str], timeout: float = 120, **options: Any
 ) -> tuple[int, str]:
     """Exit code and output of a command, both streams in one."""
     out: list[bytes] = []
