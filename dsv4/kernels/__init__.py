@@ -146,9 +146,12 @@ def index_queries(
 ) -> tuple[Tensor, Tensor] | None:
     """The indexer's queries [B, T, H, dim] of latent [B, T, rank], turned, and its heads' weights float32 [B, T, H] of
     h [B, T, D] and proj [H, D], times ``size``, in one call; None where that is no faster than `linear` and `rotate`,
-    whose result it is to the bit."""
-    if _triton.usable(h) or not (_cpu_decode.usable(latent, wq_b) and _cpu_linear.plain(h, proj)):
+    whose result it is (from C++ to the bit)."""
+    if _triton.usable(h):
         return None
+    if not (_cpu_decode.usable(latent, wq_b) and _cpu_linear.plain(h, proj)):
+        one = _plain_row(h, wq_b, proj)
+        return _decode.index_queries(h, latent, wq_b, proj, angles, size) if one else None
     return _cpu_decode.index_queries(h, latent, wq_b, proj, angles, size)
 
 

@@ -104,7 +104,11 @@ def _one(config: Config, frequencies: dict[str, Tensor], before: Tensor) -> Plan
         count, new = (t + 1) // ratio, int((t + 1) % ratio == 0)
         numbers = torch.tensor([[0, count, count - 1, t - ratio + 1]])
         low, high, slot, first = (numbers[:, i : i + 1] for i in range(4))
-        angles = _turn(first[:, :new], frequencies["compress"])
+        angles = (
+            _turn(first, frequencies["compress"])
+            if new
+            else first.new_empty(1, 0, *frequencies["compress"].shape, dtype=torch.complex64)
+        )
         entries[ratio] = Entries(low[:, :new], low[:, :new] == 0, slot[:, :new], low, high, angles, count)
     position, reach = torch.tensor([[[t]], [[min(t, config.sliding_window - 1)]]])
     turns = {kind: _turn(position, f) for kind, f in frequencies.items()}

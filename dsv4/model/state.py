@@ -41,10 +41,10 @@ class Ring:
 
     def write_one(self, new: Tensor, plan: Plan) -> None:
         """`write` for one token per row, in place."""
-        slots = plan.before % self.rows.shape[1]
-        if len(slots) == 1 and slots.device.type == "cpu":
-            self.rows[0, int(slots)] = new[0, 0]
+        if len(new) == 1 and new.device.type == "cpu":
+            self.rows[0, int(plan.before) % self.rows.shape[1]] = new[0, 0]
         else:
+            slots = plan.before % self.rows.shape[1]
             self.rows[torch.arange(len(slots), device=slots.device), slots] = new[:, 0].to(self.rows.dtype)
 
 

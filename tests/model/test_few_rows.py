@@ -47,12 +47,13 @@ def test_grouped_linear(rows: int) -> None:
     assert close(reference.grouped_linear(x, weight), wanted)
 
 
+@pytest.mark.parametrize("passes", [1, 2, 20])
 @pytest.mark.parametrize("streams", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hyper_connections(streams: int, dtype: torch.dtype) -> None:
+def test_hyper_connections(passes: int, streams: int, dtype: torch.dtype) -> None:
     maps = (2 + streams) * streams
     x, fn = torch.randn(1, 1, streams, 64).to(dtype), torch.randn(maps, streams * 64) / 8
-    rest = (fn, torch.randn(maps), torch.randn(3), 20, 1e-6, 1e-6)
+    rest = (fn, torch.randn(maps), torch.randn(3), passes, 1e-6, 1e-4)
     many = reference.hc_enter(torch.cat((x, torch.randn_like(x)), 1), *rest)
     for got, among_two in zip(reference.hc_enter(x, *rest), many):
         assert close(got, among_two[:, :1], 2e-2 if dtype == torch.bfloat16 and got.dtype == dtype else 2e-6)
@@ -125,6 +126,21 @@ def test_attention_around_one_token(dtype: torch.dtype) -> None:
     wanted_o = reference.grouped_linear(turned, wo_a.double()).flatten(-2) @ wo_b.double().T
     out, before = kernels.attention_output(o, wo_a, wo_b, angles, groups), o.clone()
     assert out is not None and close(out.double(), wanted_o, bound) and torch.equal(o, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_index_queries_of_one_token(dtype: torch.dtype) -> None:
+    h, latent, angles = (
+        torch.randn(1, 1, 40),
+        torch.randn(1, 1, 32),
+        torch.polar(torch.ones(1, 1, 4), torch.randn(1, 1, 4)),
+    )
+    h, latent, wq_b, proj = (x.to(dtype) for x in (h, latent, torch.randn(5 * 24, 32), torch.randn(5, 40)))
+    wanted = reference.rotate((latent.double() @ wq_b.double().T).unflatten(-1, (5, 24)), angles.unsqueeze(-2))
+    got = kernels.index_queries(h, latent, wq_b, proj, angles, 0.3)
+    bound = 2e-5 if dtype == torch.float32 else 1e-1
+    assert got is not None and got[0].dtype == dtype and close(got[0].double(), wanted, bound)
+    assert got[1].dtype == torch.float32 and close(got[1].double(), h.double() @ proj.double().T * 0.3, bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

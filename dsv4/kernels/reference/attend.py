@@ -22,7 +22,6 @@ def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, 
     """See `dsv4.kernels.choose`."""
     batch, tokens, heads, _ = q.shape
     count = keys.shape[1]
-    entry = torch.arange(count, device=q.device)
     chosen = torch.zeros(batch, tokens, k, dtype=torch.int32, device=q.device)
     found = torch.zeros(batch, tokens, dtype=torch.int32, device=q.device)
     for b in range(batch):
@@ -30,8 +29,9 @@ def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, 
             start, stop = int(low[b]), int(high[b])
             dots = (q[b, 0] @ keys[b, start:stop].mT).float().relu_()
             found[b, 0] = some = min(stop - start, k)
-            chosen[b, 0, :some] = top_mask(weights[b, 0] @ dots, k).nonzero()[:, 0] + start
+            chosen[b, 0, :some] = top_mask(torch.mv(dots.T, weights[b, 0]), k).nonzero()[:, 0] + start
             continue
+        entry = torch.arange(count, device=q.device)
         for part in _pieces(tokens, heads * count, tokens):
             dots = (q[b, part].flatten(0, 1) @ keys[b].mT).float().relu_().view(-1, heads, count)
             scores = torch.bmm(weights[b, part].unsqueeze(1), dots).squeeze(1)
@@ -50,15 +50,15 @@ def _decode(
     low: Tensor | None, high: Tensor | None, picked: tuple[Tensor, Tensor] | None, sink: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
     """`attend` for one query a sequence: without masks, over exactly the rows that it reads."""
-    out = torch.empty_like(q)
+    out, starts, stops = torch.empty_like(q), near_from.flatten().tolist(), near_to.flatten().tolist()
     for b in range(len(q)):
-        rows = near[b, int(near_from[b]) : int(near_to[b])]
+        rows = near[b, starts[b] : stops[b]]
         if far is not None and picked is not None:
             rows = torch.cat((rows, far[b].index_select(0, picked[0][b, 0, : int(picked[1][b])])))
         elif far is not None:
             assert low is not None and high is not None
             rows = torch.cat((rows, far[b, int(low[b]) : int(high[b])]))
-        scores = (q[b, 0] @ rows.mT).float().mul_(scale)
+        scores = torch.mm(q[b, 0], rows.mT).float().mul_(scale)
         p = torch.softmax(torch.cat((scores, sink.float().unsqueeze(1)), 1), 1)
         torch.mm(p[:, :-1].to(q.dtype), rows, out=out[b, 0])
     return out

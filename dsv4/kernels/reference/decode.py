@@ -22,8 +22,7 @@ def alone(x: Tensor, *weights: object) -> bool:
 
 def _columns(x: Tensor) -> Tensor:
     """[..., C] -> [..., C, n]; a column's values lie together (side by side, the product takes twice as long)."""
-    n = 2 if x.dtype == torch.float32 else 1
-    return x.unsqueeze(-2).expand(*x.shape[:-1], n, -1).contiguous().mT
+    return torch.stack((x,) * (2 if x.dtype == torch.float32 else 1), -2).mT
 
 
 def _product(weight: Tensor, x: Tensor) -> Tensor:
@@ -40,8 +39,8 @@ def attention_inputs(
     q, kv = _product(wq_b, _columns(latent)), _product(wkv, x)
     rows = torch.cat((q[:, 0].view(-1, dim), kv[:, 0].view(1, dim))).float()
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    rows *= norm.square_().mul_(1 / dim).add_(eps).rsqrt_()
-    rows[-1] *= kv_norm
+    rows.mul_(torch.addcmul(torch.full((), eps), norm, norm, value=1 / dim).rsqrt_())
+    rows[-1].mul_(kv_norm)
     if h.dtype != torch.float32:
         rows = rows.to(h.dtype).float()
     _turn(rows, angles.view(-1))
@@ -50,9 +49,8 @@ def attention_inputs(
 
 
 def _turn(rows: Tensor, angles: Tensor) -> None:
-    """Rotates float32 rows [..., d] in place by complex angles [R]."""
-    pairs = rows[..., -2 * len(angles) :].unflatten(-1, (-1, 2))
-    torch.view_as_complex(pairs).mul_(angles)
+    """Rotates float32 rows [..., d], d even, in place by complex angles [R]."""
+    rows.view(torch.complex64)[..., -len(angles) :].mul_(angles)
 
 
 def attention_output(o: Tensor, wo_a: Tensor, wo_b: Tensor, angles: Tensor, groups: int) -> Tensor:
@@ -63,6 +61,15 @@ def attention_output(o: Tensor, wo_a: Tensor, wo_b: Tensor, angles: Tensor, grou
     rows = copies.to(o.dtype).flatten(2)
     low = torch.bmm(wo_a.view(groups, -1, rows.shape[-1]), rows.mT)  # [G, rank, n]
     return _product(wo_b, _columns(low[..., 0].flatten()))[:, 0].view(1, 1, -1)
+
+
+def index_queries(
+    h: Tensor, latent: Tensor, wq_b: Tensor, proj: Tensor, angles: Tensor, size: float
+) -> tuple[Tensor, Tensor]:
+    """See `dsv4.kernels.index_queries`."""
+    q = _product(wq_b, _columns(latent.view(-1)))[:, 0].float().contiguous().view(1, 1, len(proj), -1)
+    _turn(q, angles.view(-1))
+    return q.to(h.dtype), F.linear(h, proj).float() * size
 
 
 def mixture(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.reference.linear import linear
-from dsv4.kernels.reference.sinkhorn import sinkhorn, sinkhorn_one
+from dsv4.kernels.reference.sinkhorn import sinkhorn, sinkhorn_four
 
 
 def stream_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
@@ -26,9 +26,9 @@ def collapse(streams: Tensor, weight: Tensor) -> Tensor:
 def _enter_one(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`hc_enter` of one token (decoding): its few numbers cost less in Python's floats than as a hundred calls of
-    torch."""
-    n, v = streams.shape[-2], streams.float().reshape(-1)
+    """`hc_enter` of one token's four streams (decoding): its few numbers cost less in Python's floats than as a hundred
+    calls of torch."""
+    n, v = 4, streams.float().reshape(-1)
     norm = (float(v.dot(v)) / len(v) + rms_eps) ** -0.5
     a, b, c = (norm * s for s in scale.tolist())
     slopes = [a] * n + [b] * n + [c] * (n * n)
@@ -40,7 +40,7 @@ def _enter_one(
         powers = [math.exp(x - top) for x in logits[row : row + n]]
         total = sum(powers)
         matrix.append([p / total + eps for p in powers])
-    comb = sinkhorn_one(matrix, iterations, eps)
+    comb = sinkhorn_four(matrix, iterations, eps)
     maps = torch.tensor([x for row in comb for x in row] + post + [0.5 * g + eps for g in pre])
     x = torch.mv(v.view(n, -1).T, maps[-n:]).to(streams.dtype).view(*streams.shape[:-2], -1)
     return x, maps[n * n : -n].view(streams.shape[:-1]), maps[: n * n].view(*streams.shape[:-1], n)
@@ -63,7 +63,7 @@ def hc_enter(
     pre = sigmoid + eps, post = 2 sigmoid, comb = Sinkhorn.
     """
     n = streams.shape[-2]
-    if _one(streams):
+    if n == 4 and _one(streams):
         return _enter_one(streams, fn, base, scale, iterations, rms_eps, eps)
     u = stream_logits(streams, fn, rms_eps)
     logits = u * scale.repeat_interleave(torch.tensor([n, n, n * n], device=scale.device)) + base

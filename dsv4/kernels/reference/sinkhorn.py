@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import truediv
 from typing import Any
 
 import torch
@@ -35,20 +34,27 @@ class _Sinkhorn(torch.autograd.Function):
         return grad, None, None
 
 
-def sinkhorn_one(matrix: list[list[float]], iterations: int, eps: float) -> list[list[float]]:
-    """`sinkhorn` of one matrix, after its softmax: its 39 passes are 117 calls of torch, or a third of their time in
-    Python's own floats.
+def sinkhorn_four(matrix: list[list[float]], iterations: int, eps: float) -> list[list[float]]:
+    """`sinkhorn` of one 4 x 4 matrix (V4's four streams), after its softmax: the 39 passes are 117 calls of torch, or a
+    tenth of their time in Python's own floats.
 
-    The result is matrix[i][j] / (row[i] column[j]), and a pass renews one of the two: x / (sum(x) + eps) makes of
-    column[j] sum_i matrix[i][j] / row[i] + eps column[j]."""
-    transposed = list(zip(*matrix))
-    row = column = [1.0] * len(matrix)
-    for step in range(2 * iterations - 1):
-        if step % 2 == 0:
-            column = [sum(map(truediv, line, row)) + eps * old for line, old in zip(transposed, column)]
-        else:
-            row = [sum(map(truediv, line, column)) + eps * old for line, old in zip(matrix, row)]
-    return [[x / (a * b) for x, b in zip(line, column)] for line, a in zip(matrix, row)]
+    The result is matrix[i][j] / (row i's divisor * column j's), and a pass renews one of the two: x / (sum(x) + eps)
+    makes of a column's divisor c_j sum_i matrix[i][j] / r_i + eps c_j. u = 1 / r, v = 1 / c."""
+    (a, b, c, d), (e, f, g, h), (i, j, k, l), (m, n, o, p) = matrix
+    r1 = r2 = r3 = r4 = u1 = u2 = u3 = u4 = c1 = c2 = c3 = c4 = 1.0
+    for step in range(iterations):
+        if step:
+            v1, v2, v3, v4 = 1 / c1, 1 / c2, 1 / c3, 1 / c4
+            r1 = a * v1 + b * v2 + c * v3 + d * v4 + eps * r1
+            r2 = e * v1 + f * v2 + g * v3 + h * v4 + eps * r2
+            r3 = i * v1 + j * v2 + k * v3 + l * v4 + eps * r3
+            r4 = m * v1 + n * v2 + o * v3 + p * v4 + eps * r4
+            u1, u2, u3, u4 = 1 / r1, 1 / r2, 1 / r3, 1 / r4
+        c1 = a * u1 + e * u2 + i * u3 + m * u4 + eps * c1
+        c2 = b * u1 + f * u2 + j * u3 + n * u4 + eps * c2
+        c3 = c * u1 + g * u2 + k * u3 + o * u4 + eps * c3
+        c4 = d * u1 + h * u2 + l * u3 + p * u4 + eps * c4
+    return [[x * u / w for x, w in zip(line, (c1, c2, c3, c4))] for line, u in zip(matrix, (u1, u2, u3, u4))]
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
