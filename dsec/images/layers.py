@@ -3,6 +3,8 @@
     images/<name>.json      the image: its layers, base first, and its config
     layers/<digest>.json    a layer's chunks
     layers/<digest>.erofs   a layer that is here in whole
+    layers/<digest>.trace   which chunks its first start asked for, in order
+    layers/<digest>.guess   which it will ask for, as far as can be told from what is in it
     lazy/<digest>/          one that is being fetched (see lazy.py)
     mounts/<digest>/        where it is mounted, shared by all sandboxes of the host
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -27,7 +30,8 @@ from typing import Any
 from dsec.errors import ImageError, NotFound
 from dsec.images import erofs
 from dsec.images.diff import copy_upper
-from dsec.images.manifest import NAME, Image, Layer, Role, chunk_key, distinct, fetch_chunk
+from dsec.images.guess import guess
+from dsec.images.manifest import NAME, Image, Layer, Role, chunk_key, distinct, fetch_chunk, start_chunks
 from dsec.images.store import Store, open_store
 from dsec.images.unpack import Limits, OciLayout, unpack_tar
 
@@ -109,6 +113,8 @@ class Images:
             erofs.pack(root, scratch / "layer.erofs", compress)
             layer = Layer.of(scratch / "layer.erofs")
             self._write(f"layers/{layer.digest}.json", layer.encode())
+            guessed = guess(root, scratch / "layer.erofs", layer, start_chunks(layer))
+            self._write(f"layers/{layer.digest}.guess", json.dumps(guessed).encode())
             os.rename(scratch / "layer.erofs", self.file(layer.digest))
         return layer
 
@@ -176,8 +182,9 @@ class Images:
                 push = partial(self._push_chunk, file.fileno(), layer)
                 sent += sum(workers.map(push, distinct(layer)))
             self.store.put(f"layers/{digest}.json", layer.encode())  # last: who sees the list finds the chunks
-            if (trace := self.trace(digest)) is not None:
-                self.store.put(f"traces/{digest}.json", trace)
+            for suffix, kind in (("json", "trace"), ("guess", "guess")):
+                if (path := self.folder / "layers" / f"{digest}.{kind}").exists():
+                    self.store.put(f"traces/{digest}.{suffix}", path.read_bytes())
             say(f"{digest[:12]} {size >> 10} KiB")
         self.store.put(f"images/{name}.json", image.encode())
         return sent
@@ -237,7 +244,7 @@ class Images:
         for digest in dropped:
             with self._locked(digest):
                 self._unmount(digest)
-                for suffix in ("erofs", "json", "trace"):
+                for suffix in ("erofs", "json", "trace", "guess"):
                     (self.folder / "layers" / f"{digest}.{suffix}").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / "lazy" / digest, ignore_errors=True)
                 shutil.rmtree(self.folder / "folders" / digest, ignore_errors=True)

@@ -27,18 +27,17 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsec.errors import DsecError, ImageError
+from dsec.errors import DsecError, ImageError, NotFound
 from dsec.images import erofs
 from dsec.images.fuse import FuseFile
 from dsec.images.loader import FETCHERS, Loader, Sparse
-from dsec.images.manifest import Layer, fetch_chunk
+from dsec.images.manifest import Layer, fetch_chunk, start_chunks
 from dsec.images.store import open_store
 
 if TYPE_CHECKING:
     from dsec.images.layers import Images
 
 TRACE_SECONDS = 10.0  # what is asked for in this time after the first read is the start trace
-TRACE_SHARE = 4  # at most a quarter of the layer: a start that read it all is not what others shall fetch first
 RESTARTS = 5  # of a worker in a row, before the file is given up
 STEADY_SECONDS = 60.0  # a worker that lived this long starts a new row
 FLUSH_SECONDS = 0.5
@@ -52,13 +51,16 @@ class Served:
 
     def __init__(self, images: Path, digest: str, latency: float, store: str) -> None:
         self.digest, self.latency, self.folder = digest, latency, images / "lazy" / digest
-        self.whole, self.trace = images / "layers" / f"{digest}.erofs", images / "layers" / f"{digest}.trace"
+        self.whole, self.trace, self.guess = (
+            images / "layers" / f"{digest}.{suffix}" for suffix in ("erofs", "trace", "guess")
+        )
         self.layer = Layer.decode((images / "layers" / f"{digest}.json").read_bytes(), digest)
         self.store = open_store(store)
 
     def known(self) -> list[int] | None:
-        """The start trace, if there is one."""
-        trace: list[int] | None = json.loads(self.trace.read_bytes()) if self.trace.exists() else None
+        """The start trace, or the guess at one, if there is either."""
+        file = next((file for file in (self.trace, self.guess) if file.exists()), None)
+        trace: list[int] | None = json.loads(file.read_bytes()) if file else None
         return trace
 
     def fetch(self, chunk: str) -> bytes:
@@ -77,7 +79,7 @@ class Served:
         trace = self.known()
         sparse = Sparse(self.folder, self.layer)
         sparse.vouch(here)
-        loader = Loader(sparse, self.fetch, trace, warm)
+        loader = Loader(sparse, self.fetch, trace, warm, recording=not self.trace.exists())
         loader.threads.add(reader)
         loader.fetched = sum(min(self.layer.chunk, self.layer.size - i * self.layer.chunk) for i in here)
         loader.start()
@@ -109,8 +111,9 @@ class Served:
 
     def _record(self, loader: Loader) -> None:
         """Keeps the order of this start, here and, when nobody was quicker, for all other hosts."""
-        most = max(len(self.layer.chunks) // TRACE_SHARE, 16)
-        loader.recording, data = False, json.dumps(list(loader.asked)[:most]).encode()
+        # What was guessed may have been read without asking us: the kernel had it.
+        found = list(dict.fromkeys([*loader.trace, *loader.asked]))[: start_chunks(self.layer)]
+        loader.recording, data = False, json.dumps(found).encode()
         _replace(self.trace, data)
         try:
             if not self.store.has(f"traces/{self.digest}.json"):
@@ -138,7 +141,7 @@ def _reader(target: Path, orders: int) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    new = path.with_suffix(".new")
+    new = path.with_name(f"{path.name}.new")
     new.write_bytes(data)
     os.rename(new, path)
 
@@ -266,9 +269,13 @@ class Ahead:
 
 
 def _fetch_trace(images: Images, digest: str) -> None:
-    path = images.folder / "layers" / f"{digest}.trace"
-    if not path.exists() and images.store.has(f"traces/{digest}.json"):
-        _replace(path, images.store.get(f"traces/{digest}.json"))
+    """The start trace, else the guess at one, unless one of them is here."""
+    for suffix, kind in (("json", "trace"), ("guess", "guess")):
+        path = images.folder / "layers" / f"{digest}.{kind}"
+        with contextlib.suppress(NotFound):
+            if not path.exists():
+                _replace(path, images.store.get(f"traces/{digest}.{suffix}"))
+            return
 
 
 if __name__ == "__main__":

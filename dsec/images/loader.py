@@ -82,8 +82,8 @@ class Sparse:
 
 
 class Loader:
-    """`trace`: the chunks that an earlier start asked for, in its order; None: this is the start that is recorded.
-    `warm(offset, size)` has the kernel read a range ahead."""
+    """`trace`: the chunks that a start asks for, in its order, recorded or guessed. `recording`: what this one asks for
+    shall be known (default: if there is no trace). `warm(offset, size)` has the kernel read a range ahead."""
 
     def __init__(
         self,
@@ -91,12 +91,14 @@ class Loader:
         fetch: Callable[[str], bytes],
         trace: list[int] | None,
         warm: Callable[[int, int], None] = lambda offset, size: None,
+        recording: bool | None = None,
     ) -> None:
         self.sparse, self.fetch, self.layer, self.warm = sparse, fetch, sparse.layer, warm
         self.fetched, self.errors = 0, list[str]()
-        self.recording, self.asked, self.known = trace is None, dict[int, None](), frozenset(trace or [])
+        self.recording = trace is None if recording is None else recording
+        self.asked, self.known = dict[int, None](), frozenset(trace or [])
         self.threads = set[int]()  # whose reads nobody waits for
-        self.started = 0.0  # when the first chunk was asked for
+        self.started = 0.0  # when the first chunk was asked for that the trace does not have
         self._windows = dict[int, int]()  # chunk at which a reader would go on -> how far it was read ahead
         self._wanted = PriorityQueue[tuple[int, int, int]]()  # urgency, turn, chunk
         self._turn = 0
@@ -135,9 +137,9 @@ class Loader:
             if index in self.asked:
                 return
             self.asked[index] = None
-            self.started = self.started or time.monotonic()
             if index in self.known:
                 return  # it comes with the trace, and so does what follows it
+            self.started = self.started or time.monotonic()
             before = self._windows.pop(index, 0)
             ahead = self._windows[index + 1] = min(2 * before, FAR) or NEAR
         for following in range(index + max(before, 1), min(index + ahead + 1, len(self.layer.chunks))):

@@ -83,6 +83,11 @@ def distinct(layer: Layer) -> Sequence[tuple[int, str]]:
     return [(index, digest) for digest, index in {digest: index for index, digest in enumerate(layer.chunks)}.items()]
 
 
+def start_chunks(layer: Layer) -> int:
+    """The most chunks that may be fetched before anybody asks: a start that reads it all is not what others want."""
+    return max(len(layer.chunks) // 4, 16)
+
+
 def chunk_key(digest: str) -> str:
     return f"chunks/{digest[:2]}/{digest}"
 

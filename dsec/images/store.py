@@ -4,6 +4,7 @@ chunks/aa/<sha256>   256 KiB of a layer, stored once however many layers hold it
 layers/<sha256>.json the list of a layer's chunks; its name is the digest of what it says
 images/<name>.json   which layers an image is made of
 traces/<sha256>.json in which order a layer's chunks were asked for when it was first started
+traces/<sha256>.guess the same, told from what is in the layer when it was packed
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from dsec.errors import ImageError
 from dsec.images import lazy
 from dsec.images.layers import Images
 from dsec.images.loader import FAR, NEAR, SOON, Loader, Sparse
-from dsec.images.manifest import CHUNK, Layer, chunk_key
+from dsec.images.manifest import CHUNK, Layer, chunk_key, start_chunks
 from tests.dsec.conftest import until
 
 FILES = 24
@@ -210,7 +210,9 @@ def test_the_first_start_tells_the_others_by_itself(tmp_path: Path, pushed: tupl
     images.unmount(name)
     trace = json.loads(until(lambda: images.trace(digest)))
     chunks = len(images.layer(digest).chunks)
-    assert len(trace) == max(chunks // lazy.TRACE_SHARE, 16) < chunks, "a start that read it all is no start trace"
+    guessed = json.loads((tmp_path / "store/traces" / f"{digest}.guess").read_bytes())
+    assert trace[: len(guessed)] == guessed, "what was guessed may have been read without asking"
+    assert len(trace) == start_chunks(images.layer(digest)) < chunks, "a start that read it all is no start trace"
     stored = tmp_path / "store/traces" / f"{digest}.json"
     until(stored.exists)
     assert json.loads(stored.read_bytes()) == trace
@@ -370,6 +372,15 @@ def test_readers_who_go_on_are_read_ahead_and_jumps_are_not(tmp_path: Path) -> N
     loader.threads.add(7)
     loader.read(50 * CHUNK, 4096, 7)
     assert ahead() == [] and 50 not in loader.asked, "our own reading ahead is no reader"
+
+
+def test_a_guess_is_fetched_ahead_and_the_start_recorded_all_the_same(tmp_path: Path) -> None:
+    layer = Layer(64 * CHUNK, tuple(f"{i:064}" for i in range(64)))
+    loader = Loader(Sparse(tmp_path, layer), lambda chunk: bytes(CHUNK), [40, 41], recording=True)
+    loader.read(40 * CHUNK, 4096)
+    assert not loader.started, "a mount alone, and what was expected, is no start"
+    loader.read(7 * CHUNK, 4096)
+    assert loader.started and list(loader.asked) == [40, 7] and loader.recording
 
 
 def test_what_is_read_now_comes_before_the_trace(tmp_path: Path) -> None:
