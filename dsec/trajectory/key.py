@@ -32,6 +32,7 @@ NOT_IDENTITY = (
 _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 encode = _encoder.encode
 """Canonical JSON: sorted keys, no spaces, no NaN."""
+_quoted = json.encoder.encode_basestring
 
 
 def digest(text: str) -> str:
@@ -49,12 +50,16 @@ def canonical(value: Any, secret: bytes) -> Any:
 
     TypeError for anything that has no canonical form (sets, objects): a key must not depend on a repr.
     """
+    if value is None or type(value) in (str, int, bool, float):  # most are; asking an abstract class takes longer
+        return value
     if isinstance(value, Mapping):
         plain = {}
         for name, item in value.items():
             if not isinstance(name, str):
                 raise TypeError(f"keys of arguments are strings, not {name!r}")
-            if name == "env" and isinstance(item, Mapping):
+            if type(item) is str:
+                plain[name] = item
+            elif name == "env" and isinstance(item, Mapping):
                 plain[name] = {variable: _keyed(text, secret) for variable, text in item.items()}
             else:
                 plain[name] = canonical(item, secret)
@@ -63,7 +68,7 @@ def canonical(value: Any, secret: bytes) -> Any:
         return {"$sha256": hashlib.sha256(value).hexdigest(), "$bytes": len(value)}
     if isinstance(value, list | tuple):
         return [canonical(item, secret) for item in value]
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str | int | float):
         return value
     raise TypeError(f"{type(value).__name__} has no canonical form: {value!r}")
 
@@ -81,7 +86,9 @@ def operation_key(
     trajectory: str, branch: str, step: int, kind: str, args: Any, spec_digest: str, image_digest: str, previous: str
 ) -> str:
     """The key of one operation; `args` must be canonical."""
-    return digest(encode([SCHEMA, trajectory, branch, step, kind, args, spec_digest, image_digest, previous]))
+    # the same text as `encode` of all of it as one list, in half the time
+    start = f"{SCHEMA},{_quoted(trajectory)},{_quoted(branch)},{step},{_quoted(kind)},{encode(args)}"
+    return digest(f"[{start},{_quoted(spec_digest)},{_quoted(image_digest)},{_quoted(previous)}]")
 
 
 def first_difference(expected: Any, got: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -178,6 +178,10 @@ class TrajectoryLog(Records):
             self._lock.close()
             raise Fenced(f"another process writes the log in {own}") from None
         self.branches: dict[int, Branch] = {}
+        self.written: set[int] | None = None
+        """While a compaction runs: branches that have had a record since it began to look (retention.py)."""
+        self.tending = asyncio.Lock()
+        """Held by whoever reads the whole log or drops segments of it."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock.close)
             self.secret = _secret(folder)
@@ -243,6 +247,8 @@ class TrajectoryLog(Records):
         record = {"type": type, "trajectory": branch.trajectory, "branch": branch.name, "epoch": branch.epoch, **fields}
         header = keys.encode(record).encode("utf-8", "surrogatepass")
         mark = KINDS.index(type) | fields.get("step", 0) << 4
+        if self.written is not None:
+            self.written.add(branch.stream)
         return self.writer.append(branch.stream, branch.epoch, mark, header, payload, then)
 
     # Results: JSON values in the header, bytes and long text as parts behind it or as blobs

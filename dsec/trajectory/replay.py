@@ -158,23 +158,26 @@ class Trajectory:
         it ended; `on_unknown` says what to do instead), StateLost, Fenced, LogFull, LogFailed. After any of them the
         program is still at the same step.
         """
-        self._owned()
+        branch = self._owned()
         step, self.cursor = self.cursor, self.cursor + 1  # taken at once: several may be asked for before one is known
         try:
-            return await self._begin(step, kind, args, idempotent, on_unknown)
+            if step > len(branch.entries):
+                raise InvalidRequest(f"step {step} was asked for while step {len(branch.entries)} could not be begun")
+            plain = keys.canonical(self.log.redact(dict(args)) if self.log.redact else args, self.log.secret)
+            key = self._key(branch, step, kind, plain)
+            entry = branch.entries[step] if step < len(branch.entries) else None
+            if entry and entry.key == key and entry.ended and not entry.running and self.files != "behind":
+                return self._replay(entry, step)
+            return await self._begin(branch, step, key, kind, plain, idempotent, on_unknown)
         except BaseException:
             if self.cursor == step + 1:
                 self.cursor = step
             raise
 
     async def _begin(
-        self, step: int, kind: str, args: Mapping[str, Any], idempotent: bool, on_unknown: Unknown
+        self, branch: Branch, step: int, key: str, kind: str, plain: Any, idempotent: bool, on_unknown: Unknown
     ) -> Replay | Live:
-        branch = self._branch
-        if step > len(branch.entries):
-            raise InvalidRequest(f"step {step} was asked for while step {len(branch.entries)} could not be begun")
-        plain = keys.canonical(self.log.redact(dict(args)) if self.log.redact else args, self.log.secret)
-        key = self._key(branch, step, kind, plain)
+        """All that is not a plain replay."""
         if step < len(branch.entries) and branch.entries[step].key != key:
             branch = await self._diverge(step, kind, plain)
             key = self._key(branch, step, kind, plain)
@@ -366,6 +369,9 @@ class Trajectory:
                 self._rerunning = asyncio.get_running_loop().create_future()
                 return Live(step, entry.key, entry.attempt, rerun=True)
             self.files = "lost"
+        return self._replay(entry, step)
+
+    def _replay(self, entry: Entry, step: int) -> Replay:
         assert entry.ended
         return Replay(step, entry.key, self.log.decode_result(*self.log.read(entry.ended)))
 

@@ -229,6 +229,7 @@ class SegmentWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.size, self.sync, self.guard = folder, size, sync, guard
         self.groups = 0  # fsyncs so far
+        self.queued = self.answered = 0  # records
         self.durable: Place | None = None  # (path, end, 0): how far the newest segment may be read
         self._queue: SimpleQueue[Item | None] = SimpleQueue()
         self._closed = False
@@ -258,8 +259,15 @@ class SegmentWriter:
         if self._closed:
             raise LogFailed("the log is closed")
         future = asyncio.get_running_loop().create_future()
+        self.queued += 1
         self._queue.put(Item(stream, epoch, mark, header, payload, future, then))
         return future
+
+    async def settled(self) -> None:
+        """Returns when all that is queued now has its answer, on the disk or not."""
+        queued = self.queued
+        while self.answered < queued and not self._closed:
+            await asyncio.sleep(0.001)
 
     def close(self) -> None:
         """Writes what waits, then stops."""
@@ -296,6 +304,7 @@ class SegmentWriter:
             crash("segment.durable")
             refused = self.guard({entry.stream for entry in group}) if self.guard else {}
             self._answer(group, outcome, refused)
+            self.answered += len(group)
             item = item and self._queue.get()
 
     def _commit(self, group: list[Item]) -> list[Place]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dsec.errors import InvalidRequest, NotFound
 from dsec.trajectory import key as keys
 from dsec.trajectory.log import names, records
-from dsec.trajectory.retention import Freed, compact, delete
+from dsec.trajectory.retention import Freed, compact, delete, gently, untouched
 
 if TYPE_CHECKING:
     from dsec.trajectory.log import TrajectoryLog
@@ -61,6 +61,8 @@ class Closed(NamedTuple):
     name: str
     bytes: int
     """Its frames and the blobs that only it names."""
+    frames: dict[int, int]
+    """How many each of its branches had."""
 
 
 async def tend(log: TrajectoryLog, bounds: Bounds, rest: float = REST) -> tuple[list[str], Freed]:
@@ -69,7 +71,8 @@ async def tend(log: TrajectoryLog, bounds: Bounds, rest: float = REST) -> tuple[
     now = time.time()
     doomed: list[Closed] = []
     if bounds.keep or bounds.mib:
-        every = closed(log)
+        async with log.tending:
+            every = await closed(log)
         doomed = [each for each in every if bounds.keep and each.last < now - bounds.keep]
         excess = size(log.folder) - bounds.mib * (1 << 20) - sum(each.bytes for each in doomed)
         for each in every[len(doomed) :] if bounds.mib else []:
@@ -79,6 +82,8 @@ async def tend(log: TrajectoryLog, bounds: Bounds, rest: float = REST) -> tuple[
             excess -= each.bytes
     deleted = []
     for each in doomed:
+        if not untouched(log, each.frames):
+            continue  # since it was looked at
         try:
             await delete(log, each.name)
         except (InvalidRequest, NotFound):  # opened, or deleted, meanwhile
@@ -87,19 +92,22 @@ async def tend(log: TrajectoryLog, bounds: Bounds, rest: float = REST) -> tuple[
     return deleted, await compact(log)
 
 
-def closed(log: TrajectoryLog) -> list[Closed]:
+async def closed(log: TrajectoryLog) -> list[Closed]:
     """What may be deleted, the longest untouched first."""
     opened = {branch.trajectory for branch in log.branches.values()}
     last: dict[str, float] = {}
     weight: dict[str, int] = {}
     foreign: set[str] = set()
     blobs: dict[str, set[str]] = {}
-    for trajectory, branch in names(log):
+    frames: dict[str, dict[int, int]] = {}
+    async for trajectory, branch in gently(names(log)):
         stream = keys.stream_of(trajectory, branch)
         if log.index.shards_of(stream) != {log.shard}:
             foreign.add(trajectory)
-        weight[trajectory] = weight.get(trajectory, 0) + sum(place.length for _, place, *_ in log.index.frames(stream))
-        for kind, _, _, place in records(log, trajectory, branch)[0]:
+        rows = log.index.frames(stream)
+        frames.setdefault(trajectory, {})[stream] = len(rows)
+        weight[trajectory] = weight.get(trajectory, 0) + sum(place.length for _, place, *_ in rows)
+        async for kind, _, _, place in gently(records(log, trajectory, branch)[0]):
             header = log.read(place)[0]
             last[trajectory] = max(last.get(trajectory, 0.0), header.get("time", 0.0))
             if kind == "END":
@@ -110,8 +118,8 @@ def closed(log: TrajectoryLog) -> list[Closed]:
         path = log.blobs.path(blob)
         if len(users) == 1 and path.exists():
             weight[next(iter(users))] += path.stat().st_size
-    found = [Closed(when, name, weight[name]) for name, when in last.items() if name not in opened | foreign]
-    return sorted(found)
+    found = last.keys() - opened - foreign
+    return sorted(Closed(last[name], name, weight[name], frames[name]) for name in found)
 
 
 def size(folder: Path) -> int:

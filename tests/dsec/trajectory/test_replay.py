@@ -12,6 +12,7 @@ import pytest
 
 from dsec.errors import Diverged, InvalidRequest, OutcomeUnknown, StateLost
 from dsec.trajectory import NOT_STARTED, Live, Replay, Trajectory, TrajectoryLog
+from dsec.trajectory import key as keys
 from dsec.types import Spec
 
 SPEC = Spec(memory=64, env={"TOKEN": "sesame"})
@@ -128,6 +129,15 @@ def test_one_differing_step_changes_every_later_key(tmp_path: Path) -> None:
 
     one, other = run(lambda: keys_of("a", "b", "c")), run(lambda: keys_of("a", "x", "c"))
     assert [x == y for x, y in zip(one, other)] == [True, False, False]
+
+
+@pytest.mark.parametrize("odd", ["plain", 'quo"ted\\', "\u00e9\u2028\x00\n\ud800", ""])
+def test_a_key_is_that_of_one_canonical_list(odd: str) -> None:
+    """However it is put together: logs that are there were written so."""
+    args = {"z": [1, 2.5, None, True], "command": odd, "env": {odd: odd}}
+    whole = keys.encode([keys.SCHEMA, odd, odd + "b", 7, odd, args, "s" * 64, odd, keys.ROOT])
+    assert keys.operation_key(odd, odd + "b", 7, odd, args, "s" * 64, odd, keys.ROOT) == keys.digest(whole)
+    assert keys.canonical(args, b"x")["z"] == args["z"]
 
 
 def test_secrets_are_not_on_the_disk(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dsec.errors import InvalidRequest, NotFound
-from dsec.trajectory import Live, Replay, TrajectoryLog, failpoint
+from dsec.trajectory import Live, Replay, TrajectoryLog, failpoint, retention
 from dsec.trajectory.log import LogReader
 from dsec.trajectory.retention import compact, delete, expire
 from dsec.trajectory.segment import segments
@@ -136,6 +136,29 @@ def test_one_that_is_open_is_neither_deleted_nor_moved(tmp_path: Path) -> None:
 
     opened(tmp_path, body)
     check(tmp_path, {"t0": STEPS + 1, "t1": 0})
+
+
+def test_commands_go_on_while_it_looks_and_what_they_record_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch that is opened, used and let go at any moment of a compaction has records that its copy has not."""
+    monkeypatch.setattr(retention, "SLICE", -1.0)  # the loop is free after every record
+    fill(tmp_path, 3)
+    rounds, broken_off = 30, 0
+
+    async def body(log: TrajectoryLog) -> None:
+        nonlocal broken_off
+        for number in range(rounds):
+            compaction = asyncio.create_task(compact(log, share=10.0, age=0.0))
+            for _ in range(number * 4):
+                await asyncio.sleep(0)
+            broken_off += not compaction.done()
+            assert await play(log, "t1", STEPS + 1 + number) == STEPS + number
+            await compaction
+
+    opened(tmp_path, body)
+    assert broken_off > rounds / 2, "the loop was free while it looked"
+    check(tmp_path, {"t0": STEPS, "t1": STEPS + rounds, "t2": STEPS})
 
 
 def test_room_comes_back_and_what_is_kept_replays(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_the_bound_takes_the_longest_untouched_and_no_more_than_it_must(tmp_path
     fill(tmp_path, 6)
 
     async def body(log: TrajectoryLog) -> None:
-        every = closed(log)
+        every = await closed(log)
         assert [each.name for each in every] == [f"t{n}" for n in range(6)]
         assert all(each.bytes > 70_000 for each in every), "their outputs count"
         bound = (size(tmp_path) - every[0].bytes - 1) / (1 << 20)  # one is not quite enough
@@ -64,7 +64,7 @@ def test_what_is_open_or_of_another_edge_is_left_alone(tmp_path: Path) -> None:
         theirs = await other.open("t1", SPEC)
         theirs.attach("alive")
         log.index.catch_up(log.writer.durable)
-        assert [each.name for each in closed(log)] == ["t2"]
+        assert [each.name for each in await closed(log)] == ["t2"]
         tail = segments(log.writer.folder)[-1]
         deleted, _ = await tend(log, Bounds(keep=1e-9, mib=1e-9), rest=-1)
         assert deleted == ["t2"] and tail.exists()
