@@ -53,7 +53,7 @@ def canonical(value: Any, secret: bytes) -> Any:
     if value is None or type(value) in (str, int, bool, float):  # most are; asking an abstract class takes longer
         return value
     if isinstance(value, Mapping):
-        plain = {}
+        plain: dict[str, Any] = {}
         for name, item in value.items():
             if not isinstance(name, str):
                 raise TypeError(f"keys of arguments are strings, not {name!r}")
