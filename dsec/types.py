@@ -5,7 +5,7 @@ Units: seconds, MiB, cores. Times of day are seconds since 1970.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
@@ -27,8 +27,8 @@ class Record:
     """Shared by the records below."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON data; nested records become dicts."""
-        return asdict(self)  # type: ignore[call-overload]
+        """Plain JSON data of its own (dataclasses.asdict takes five times as long; every answer is a record)."""
+        return {name: _copied(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -42,6 +42,12 @@ class Record:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise InvalidRequest(f"{cls.__name__} has no field {key!r}{hint}")
         return cls(**data)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

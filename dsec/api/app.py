@@ -46,7 +46,7 @@ Admin = Annotated[Key, Depends(admin)]
 Body = dict[str, Any]
 
 
-def make_app(service: Service, ports: Ports | None = None) -> FastAPI:
+def make_app(service: Service, ports: Ports | None = None) -> Wire:
     """The ASGI application around ``service`` and what forwards ports, if given; it starts and closes both."""
 
     @asynccontextmanager
@@ -63,7 +63,6 @@ def make_app(service: Service, ports: Ports | None = None) -> FastAPI:
     app = FastAPI(title="DSec", docs_url="/docs", redoc_url=None, lifespan=life)
     app.state.service = service
     app.include_router(e2b)
-    app.add_middleware(Wire, service=service)
 
     @app.exception_handler(DsecError)
     async def wrong(request: Request, error: DsecError) -> JSONResponse:
@@ -202,4 +201,4 @@ def make_app(service: Service, ports: Ports | None = None) -> FastAPI:
     async def page() -> Response:
         return HTMLResponse(PAGE.read_text(), headers={"content-security-policy": "default-src 'self' 'unsafe-inline'"})
 
-    return app
+    return Wire(app, service)

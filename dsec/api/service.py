@@ -171,8 +171,8 @@ class Service:
         pin = pin or await self._home_of(project, spec)
         run = f"{spec.trajectory}@{spec.branch}" if spec.trajectory else ""
         key = spec.idempotency_key or ""
-        inner = spec.but(trajectory=spec.trajectory and f"{project}/{spec.trajectory}", idempotency_key=None)
-        data = inner.as_dict()
+        inner = {"trajectory": spec.trajectory and f"{project}/{spec.trajectory}", "idempotency_key": None}
+        data = spec.as_dict() | inner
         order = Order(
             project,
             budget_of(spec),
@@ -253,7 +253,7 @@ class Service:
                 if row.ended is not None:
                     raise gone(row)
                 try:
-                    args = {"row": asdict(row) | {"spec": dict(row.spec)}}
+                    args = {"row": row.as_dict()}
                     answer, _ = await self._link(row.edge).call("cluster.start", args, timeout=self.patience)
                     break
                 except Unreachable as error:
@@ -482,7 +482,7 @@ class Service:
         rows = await self._read(self.store.sandboxes, None, True, 5000)
         return {
             "edges": [asdict(edge) for edge in edges],
-            "sandboxes": [asdict(row) for row in rows],
+            "sandboxes": [row.as_dict() for row in rows],
             "latencies": self.latencies[-200:],
             "waiting": self.control.queue.waiting(),
             "now": time.time(),

@@ -34,6 +34,8 @@ class Link:
         self._number = 0
 
     async def _connected(self) -> asyncio.StreamWriter:
+        if self._writer is not None and not self._writer.is_closing():
+            return self._writer
         async with self._lock:
             if self._writer is not None and not self._writer.is_closing():
                 return self._writer

@@ -68,6 +68,11 @@ class Row:
     ended: float | None = None
     spec: Mapping[str, Any] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. (dataclasses.asdict copies the specification part by part: a tenth of a millisecond.)"""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return plain | {"budget": asdict(self.budget), "spec": dict(self.spec)}
+
 
 @dataclass(frozen=True, slots=True)
 class Project:

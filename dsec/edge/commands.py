@@ -77,26 +77,38 @@ class CommandOperations(ABC):
 
         return await self._logged(box, "commands.start", args, act)
 
-    async def _run(
-        self, id: str, command: str | list[str], cwd: str | None = None, env: dict[str, str] | None = None,
-        user: str | None = None, timeout: float | None = 60, limit: int = OUTPUT_LIMIT, idempotent: bool = False,
-        on_unknown: Unknown = "fail", input: bytes | str | None = None,
-    ) -> AsyncIterator[tuple[str, bytes]]:  # fmt: skip
-        """A command from start to end: its events. With a trajectory the result is durable before it is told."""
+    async def _result(
+        self, running: asyncio.Future[Command] | None, /, id: str, command: str | list[str], cwd: str | None = None,
+        env: dict[str, str] | None = None, user: str | None = None, timeout: float | None = 60,
+        limit: int = OUTPUT_LIMIT, idempotent: bool = False, on_unknown: Unknown = "fail",
+        input: bytes | str | None = None,
+    ) -> Answer:  # fmt: skip
+        """A command from start to end: its result, which is durable if it has a trajectory. ``running`` is set when it
+        has started, which it does not if it is replayed."""
         box = self._box(id)
         given = base64.b64decode(input) if isinstance(input, str) else input
-        running: asyncio.Future[Command] = asyncio.get_running_loop().create_future()
+        commands: list[Command] = []
 
         async def act(step: int) -> Answer:
             options = await self._options(box, user, env, cwd)
             started = box.start(command, timeout, step, limit=limit, stdin=given is not None, **options)
             if given is not None:
                 self._task(_feed(started, given)).add_done_callback(lambda done: done.cancelled() or done.exception())
-            running.set_result(started)
+            commands.append(started)
+            if running is not None:
+                running.set_result(started)
             return (await asyncio.shield(started.result)).as_dict()
 
         args = {"command": command, "cwd": cwd, "env": env, "user": user, "input": given}
-        work = self._task(self._logged(box, "commands.run", args, act, idempotent, on_unknown))  # goes on without us
+        result = await self._logged(box, "commands.run", args, act, idempotent, on_unknown)
+        if box.trajectory is not None and commands and commands[0].id in box.commands:
+            box.forget(commands[0])  # the log has it
+        return result
+
+    async def _run(self, **args: Any) -> AsyncIterator[tuple[str, bytes]]:
+        """The same as events, output as it comes."""
+        running: asyncio.Future[Command] = asyncio.get_running_loop().create_future()
+        work = self._task(self._result(running, **args))  # goes on without us
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait([work, running], return_when=asyncio.FIRST_COMPLETED)
         if running.done():
@@ -107,8 +119,6 @@ class CommandOperations(ABC):
             for name in ("stdout", "stderr"):
                 if result[name]:
                     yield name, result[name].encode()
-        elif box.trajectory is not None and running.result().id in box.commands:
-            box.forget(running.result())  # the log has it
         yield "result", json.dumps(result).encode()
 
     async def _follow(self, command: Command) -> AsyncIterator[tuple[str, bytes]]:
@@ -118,10 +128,7 @@ class CommandOperations(ABC):
 
     async def op_commands_run(self, **args: Any) -> Record:
         """Without streaming: the result alone."""
-        async for kind, data in self._run(**args):
-            if kind == "result":
-                return CommandResult(**json.loads(data))
-        raise AssertionError("a run ends with a result")
+        return CommandResult(**await self._result(None, **args))
 
     async def op_commands_list(self, id: str) -> Answer:
         return {"commands": [command.as_dict() for command in self._box(id).commands.values()]}

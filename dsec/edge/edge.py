@@ -179,7 +179,11 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
             self._forget_keys()
             _, known = self._keys.get(spec.idempotency_key, (0.0, None))
             if known is None or (known.done() and (known.cancelled() or known.exception())):
-                known = asyncio.ensure_future(self._create(spec, pooled))
+                if box := self._claimed(spec, pooled):
+                    known = asyncio.get_running_loop().create_future()
+                    known.set_result(box.info())
+                else:
+                    known = asyncio.ensure_future(self._create(spec, False))
                 self._keys[spec.idempotency_key] = time.monotonic(), known
             return await asyncio.shield(known)
         return await self._create(spec, pooled)
@@ -195,10 +199,11 @@ class Edge(TrajectoryOperations, CommandOperations, FileOperations, NetworkOpera
     async def _create(self, spec: Spec, pooled: bool) -> SandboxInfo:
         if spec.trajectory is not None:
             return await self._resume(spec)
-        box = self.pool.claim(spec) if pooled else None
-        if box is None:
-            box = await self.make(spec)
-        return box.info()
+        return (self._claimed(spec, pooled) or await self.make(spec)).info()
+
+    def _claimed(self, spec: Spec, pooled: bool) -> Box | None:
+        """One from stock. A trajectory needs its log first."""
+        return self.pool.claim(spec) if pooled and spec.trajectory is None else None
 
     async def make(self, spec: Spec, snapshot: str = "") -> Box:
         """A new sandbox, with the files of a snapshot if one is named."""

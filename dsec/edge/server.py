@@ -58,6 +58,8 @@ class Server:
         self.edge, self.path = edge, path
         self.over = asyncio.Event()
         self.destroy = False
+        self._calls: set[asyncio.Task[None]] = set()
+        """Work that is brought to its end, whoever goes away: else there would be half a sandbox."""
 
     async def run(self) -> None:
         early = self.path.with_suffix(f".{os.getpid()}")  # visible only once it listens, in place of a dead one's
@@ -80,15 +82,18 @@ class Server:
                     await self._tunnel(head, reader, writer)
                     return
                 if head.get("cancel"):
-                    if id in tasks:
+                    if id in tasks and tasks[id] not in self._calls:
                         tasks[id].cancel()
                     continue
-                tasks[id] = asyncio.ensure_future(self._serve(head, data, writer))
-                tasks[id].add_done_callback(lambda _, id=id: tasks.pop(id, None))  # type: ignore[misc]
+                task = tasks[id] = asyncio.ensure_future(self._serve(head, data, writer))
+                if not head.get("stream"):
+                    self._calls.add(task)
+                    task.add_done_callback(self._calls.discard)
+                task.add_done_callback(lambda _, id=id: tasks.pop(id, None))  # type: ignore[misc]
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError, DsecError, ValueError, KeyError):
             pass  # it went away, or talks nonsense: what it started goes on
         finally:
-            for task in tasks.values():
+            for task in set(tasks.values()) - self._calls:
                 task.cancel()
             writer.close()
 
@@ -116,20 +121,23 @@ class Server:
                     writer.write(message({"id": id, "event": kind}, piece))
                     await writer.drain()
             else:
-                # shielded: a client that goes away must not leave half a sandbox
-                result, out = await asyncio.shield(asyncio.ensure_future(self.edge.call(op, args, data)))
-                writer.write(message({"id": id, "result": result}, out))
+                result, out = await self.edge.call(op, args, data)
+                _tell(writer, {"id": id, "result": result}, out)
         except DsecError as error:
-            writer.write(message({"id": id, "error": to_wire(error)}))
+            _tell(writer, {"id": id, "error": to_wire(error)})
         except ConnectionError:
             return
         except Exception as error:
-            writer.write(
-                message({"id": id, "error": {"error": "DsecError", "message": f"{type(error).__name__}: {error}"}})
-            )
+            _tell(writer, {"id": id, "error": {"error": "DsecError", "message": f"{type(error).__name__}: {error}"}})
             raise
         with contextlib.suppress(ConnectionError):
             await writer.drain()
+
+
+def _tell(writer: asyncio.StreamWriter, head: dict[str, Any], data: bytes = b"") -> None:
+    """Writes a message, unless nobody is there any more."""
+    if not writer.is_closing():
+        writer.write(message(head, data))
 
 
 async def serve(home: Path) -> None:
