@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -51,6 +52,8 @@ def serve(
     home: Annotated[Path | None, typer.Option(help="state folder; default DSEC_HOME")] = None,
     ports: Annotated[int, typer.Option(help="port that leads to ports of sandboxes; 0 takes a free one, -1 none")] = 0,
     domain: Annotated[str, typer.Option(help="NAME[:PORT] below which every name leads there (wildcard DNS)")] = "",
+    tls_cert: Annotated[Path | None, typer.Option(help="certificate chain (PEM): both listeners speak TLS")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its private key (PEM), unless the chain's file has it")] = None,
 ) -> None:
     """Serves sandboxes over HTTP: the SDK (DSEC_URL, DSEC_API_KEY), curl, and the fleet page at /.
 
@@ -68,6 +71,16 @@ def serve(
     from dsec.cluster.store import Project, open_store
     from dsec.guest.build import home as default_home
 
+    tls = None
+    if tls_cert or tls_key:
+        if tls_cert is None:
+            raise typer.BadParameter("--tls-key needs --tls-cert")
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            tls.load_cert_chain(tls_cert, tls_key)
+        except OSError as error:  # ssl.SSLError is one
+            text = f"no certificate with its key in {tls_cert}, {tls_key or tls_cert}: {error}"
+            raise typer.BadParameter(text) from None
     folder = home or default_home()
     folder.mkdir(parents=True, exist_ok=True)
     url = store or f"sqlite:{folder / 'cluster.db'}"
@@ -78,12 +91,15 @@ def serve(
     if edge:
         start_node(folder, url)
     service = Service(opened, os.environ.get("DSEC_TOKEN", ""))
-    typer.echo(f"fleet page and API on http://{host}:{port}")
+    typer.echo(f"fleet page and API on http{'s' if tls else ''}://{host}:{port}")
     uvicorn.run(
-        make_app(service, Ports(service, host, ports, domain) if ports >= 0 else None),
+        make_app(service, Ports(service, host, ports, domain, tls) if ports >= 0 else None),
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
         host=host,
         port=port,
         log_level="warning",
+        access_log=False,  # else each line is made, and then dropped for its level
         timeout_graceful_shutdown=5,
         timeout_keep_alive=75,  # longer than the SDK keeps a connection, so that it never asks on one just closed
     )

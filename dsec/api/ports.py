@@ -15,6 +15,7 @@ import contextlib
 import json
 import re
 import socket
+import ssl
 from dataclasses import dataclass
 
 from dsec.api.service import Service
@@ -46,14 +47,19 @@ class Request:
 class Ports:
     """Serves them for one API server; `dsec.api.app` starts and closes it."""
 
-    def __init__(self, service: Service, host: str = "127.0.0.1", port: int = 0, domain: str = "") -> None:
-        """``domain``: NAME[:PORT] below which every name leads here (a wildcard in DNS)."""
+    def __init__(
+        self, service: Service, host: str = "127.0.0.1", port: int = 0, domain: str = "",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
+        """``domain``: NAME[:PORT] below which every name leads here (a wildcard in DNS); ``tls``: speak it, and no
+        other."""
+        self._tls = tls
         self._service, self._where, self.domain = service, (host, port), domain.lower()
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._client, *self._where, limit=HEAD)
+        self._server = await asyncio.start_server(self._client, *self._where, limit=HEAD, ssl=self._tls)
 
     @property
     def port(self) -> int:
