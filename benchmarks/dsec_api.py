@@ -1,8 +1,8 @@
 """Milliseconds of a warm claim and one command through the API server over HTTP.
 
 Starts a server and an Edge of its own in a temporary folder, keeps a pool of ready containers, and claims, runs `true`
-and kills, one at a time. Bars: p50 <= 6 ms, p99 <= 30 ms. A round trip that the server refuses by itself says how much of
-it is HTTP; what the Edge needs alone is "warm claim + exec" of dsec_start.py.
+and kills, one at a time. Bars: p50 <= 6 ms, p99 <= 30 ms. A round trip that the server refuses by itself says how
+much of it is HTTP; what the Edge needs alone is "warm claim + exec" of dsec_start.py.
 
     python benchmarks/dsec_api.py --rounds 200
 """
