@@ -81,12 +81,6 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it still clears up
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With several workers: the tests of a file share its sandboxes, those of machines their template."""
-    machines = item.path.parent.name == "vm" and item.path.name != "test_engines.py"
-    item.add_marker(pytest.mark.xdist_group("machines" if machines else item.path.name))
-
-
 class Host:
     """A state folder with an Edge process of its own."""
 

@@ -248,4 +248,5 @@ def test_another_image_under_the_same_name_is_noticed(own: Host, tmp_path: Path)
         other.commands.run("cat /version")
     assert parted.value.fields["field"] == "image"
     other.kill()
-    images.unmount("tiny")
+    own.stop()
+    assert str(own.home) not in Path("/proc/mounts").read_text(), "both are unmounted, also the one without a name"

@@ -14,9 +14,10 @@ from vm_bench import SPEC, Bench, shell
 from dsec.errors import ImageError, InvalidRequest, NotFound
 from dsec.guest import build
 from dsec.guest.protocol import VERSION
+from dsec.launch import cgroups
 from dsec.substrates.checkpoint import NAME, Checkpoint, Root
 from dsec.substrates.microvm import MicroVMSubstrate, VirtualMachine
-from tests.dsec.conftest import soon
+from tests.dsec.conftest import lives, soon
 
 
 def _pss(pid: int) -> float:
@@ -211,6 +212,20 @@ def test_nothing_is_left_of_a_destroyed_machine(bench: Bench) -> None:
         await asyncio.wait(bench.substrate._burials or [asyncio.ensure_future(asyncio.sleep(0))], timeout=60)
         assert not Path(f"/proc/{pid}").exists() and not folder.exists()
         assert group is None or not any(path.exists() for path in group.folders)
+
+    bench.run(work())
+
+
+def test_a_machine_whose_edge_died_while_it_was_made_is_found_by_its_folder(bench: Bench) -> None:
+    async def work() -> None:
+        machine = await bench.create()
+        group, pid, folder = machine.machine.group, machine.machine.pid, machine.machine.folder
+        if group is None:
+            pytest.skip("no writable cgroups on this host")
+        await asyncio.to_thread(cgroups.abandon, folder)  # what the next Edge does with a folder that has no state
+        assert await machine.died() and not lives(pid) and not folder.exists()
+        assert not any(path.exists() for path in group.folders)
+        await machine.destroy()
 
     bench.run(work())
 
