@@ -209,7 +209,8 @@ def test_v2_limits_freezing_and_killing_write_the_right_files(tmp_path: Path) ->
 
 # The self-test must see a wall that is missing.
 
-WALLS = "--unshare-all --as-pid-1 --dev /dev --proc /proc --ro-bind /usr /usr --symlink usr/bin /bin".split()
+WALLS = ["--die-with-parent", "--unshare-all", "--as-pid-1"]
+WALLS += "--dev /dev --proc /proc --ro-bind /usr /usr --symlink usr/bin /bin".split()
 WALLS += "--symlink usr/lib /lib --symlink usr/lib64 /lib64 --symlink usr/sbin /sbin".split()
 WALLS += " --tmpfs /tmp --dir /root --dir /mnt".split()
 
