@@ -54,6 +54,8 @@ def main() -> None:
     if options.worker:
         bench.worker(json.loads(options.worker), {"run": run})
         return
+    if not options.folder or not (options.folder / "config.json").exists():
+        parser.error(f"no release in {options.folder or 'no folder'}: synthesise one first (--help says how)")
     import torch
 
     before = bench.before(options.busy_ok)
