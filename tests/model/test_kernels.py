@@ -102,6 +102,40 @@ def test_norm_and_rotation(rows: int, heads: int, shape: tuple[int, int]) -> Non
 
 
 @needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dim", [6, 100, 4096])
+def test_small_kernels_in_float64(dim: int) -> None:
+    """Sites, norms, rotations and training's attention against their equations, written out in float64."""
+    fn, base, scale = normal(24, 4 * dim, seed=1) * 0.5 * dim**-0.5, normal(24, seed=2) * 3, normal(3, seed=3)
+    streams, y, weight = normal(17, 4, dim, seed=4), normal(17, dim, seed=5), normal(dim, seed=6)
+    x, post, comb = hyper_connections.hc_enter(streams, fn, base, scale, 20, 1e-6, 1e-6)
+    wide = streams.double()
+    v = wide.flatten(1)
+    logits = v @ fn.double().T * (v.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+    logits = logits * scale.double().repeat_interleave(torch.tensor([4, 4, 16])) + base.double()
+    maps = torch.softmax(logits[:, 8:].view(-1, 4, 4), 2) + 1e-6
+    for step in range(39):
+        maps = maps / (maps.sum(1 + step % 2, keepdim=True) + 1e-6)
+    near(x, ((torch.sigmoid(logits[:, :4]) + 1e-6).unsqueeze(2) * wide).sum(1), torch.float32)
+    near(post, 2 * torch.sigmoid(logits[:, 4:8]), torch.float32)
+    near(comb, maps, torch.float32)
+    left = post.double().unsqueeze(2) * y.double().unsqueeze(1) + comb.double().mT @ wide
+    near(hyper_connections.hc_leave(streams, y, post, comb), left, torch.float32)
+    normed = wide * (wide.square().mean(2, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    near(rope.rms_norm(streams, weight, 1e-6), normed, torch.float32)
+    angles = torch.polar(torch.ones(17, 1, dim // 2), torch.arange(17.0).view(17, 1, 1).expand(17, 1, dim // 2))
+    turned = torch.view_as_complex(wide.unflatten(2, (-1, 2))) * angles
+    near(rope.rotate(streams, angles), torch.view_as_real(turned).flatten(2), torch.float32)
+    q, rows, sink = normal(1, 3, 2, dim, seed=7), normal(1, 9, dim, seed=8), normal(2, seed=9)
+    seen = torch.rand(1, 3, 9, generator=torch.Generator().manual_seed(1)) < 0.6
+    out, _ = attention.joint_attention(q, rows, seen, None, None, sink, dim**-0.5)
+    scores = torch.einsum("thd,nd->thn", q[0].double(), rows[0].double()) * dim**-0.5
+    scores = scores.masked_fill(~seen[0].unsqueeze(1), -torch.inf)
+    p = torch.softmax(torch.cat((scores, sink.double().view(1, 2, 1).expand(3, 2, 1)), 2), 2)[..., :-1]
+    near(out[0], p @ rows[0].double(), torch.float32)
+
+
+@needs_library
 @given(st.integers(1, 5), st.integers(1, 130), st.sampled_from([1, 7, 16, 40]), st.integers(0, 4))
 def test_pooling(entries: int, slots: int, dim: int, early: int) -> None:
     """Some gates are -inf, as a sequence's first entry has them."""
