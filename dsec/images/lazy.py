@@ -220,11 +220,13 @@ def serve(images: Images, digest: str, latency: float = 0.0) -> Path:
     os.close(write)
     ahead = Ahead(Served(images.folder, digest, latency, str(images.url)))  # its start takes longer than most traces
     with open(read, "rb", buffering=0) as pipe:
-        mounted = select.select([pipe], [], [], READY_SECONDS)[0] and pipe.read(1) == b"m"
+        told = select.poll()  # takes descriptors above 1,023, which select refuses
+        told.register(pipe, select.POLLIN)
+        mounted = told.poll(READY_SECONDS * 1000) and pipe.read(1) == b"m"
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # a dead one is seen in the next line
             stdin.write(json.dumps(ahead.over()).encode() + b"\n")
-        if not mounted or not select.select([pipe], [], [], READY_SECONDS)[0] or pipe.read() != b"ready":
+        if not mounted or not told.poll(READY_SECONDS * 1000) or pipe.read() != b"ready":
             process.kill()
             process.wait()
             tail = (folder / "log").read_text()[-400:]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -103,6 +105,20 @@ def test_only_what_is_read_is_fetched_and_a_whole_layer_needs_no_daemon(
     gone(digest)
     (mounted,) = images.mount(name)
     assert processes(digest) == [] and (mounted / "f1").read_bytes() == want(tmp_path, 1)
+
+
+def test_a_process_with_a_thousand_open_files_mounts_on_demand(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
+    images, name, _ = pushed
+    many, (soft, hard) = 1100, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2 * many:
+        pytest.skip(f"may open {hard} files, {2 * many} are wanted")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * many), hard))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(many):
+            stack.enter_context(open("/dev/null"))
+        (mounted,) = images.mount(name)
+    assert (mounted / "f7").read_bytes() == want(tmp_path, 7)
 
 
 def test_what_was_fetched_stays_fetched(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
