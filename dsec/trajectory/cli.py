@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -76,28 +77,29 @@ def show(
     """
     from dsec.trajectory.show import steps
 
-    log = _open(folder)
-    if not name:
-        for trajectory, branch_name in log.names():
-            branch = log.branch(trajectory, branch_name)
-            unknown = sum(not (entry.ended or entry.aborted) for entry in branch.entries)
-            found = {"trajectory": trajectory, "branch": branch_name, "steps": len(branch.entries), "unknown": unknown}
-            found |= {"snapshots": len(branch.snapshots), "epoch": branch.epoch, "closed": branch.closed}
-            text = f"{trajectory}@{branch_name}  {found['steps']} steps, {unknown} unknown, epoch {branch.epoch}"
-            typer.echo(json.dumps(found) if as_json else text + ("  closed" if branch.closed else ""))
-        return
-    branch = _named(log, name)
-    snapshots = {snapshot.step: snapshot.marker for snapshot in branch.snapshots}
-    for row in steps(log, branch):
-        if as_json:
-            typer.echo(json.dumps(row))
-            continue
-        if row["step"] in snapshots:
-            typer.echo(f"      snapshot {json.dumps(snapshots[row['step']])}")
-        result = row.get("result", {})
-        outcome = f"exit {result['exit_code']}" if "exit_code" in result else row["state"]
-        seconds = f"{row['seconds']:8.3f} s" if "seconds" in row else " " * 10
-        typer.echo(f"{row['step']:5d} {row['kind']:8} {outcome:9} {seconds}  {_line(_asked(row), 80)}")
+    with contextlib.closing(_open(folder)) as log:
+        if not name:
+            for trajectory, branch_name in log.names():
+                branch = log.branch(trajectory, branch_name)
+                unknown = sum(not (entry.ended or entry.aborted) for entry in branch.entries)
+                found = {"trajectory": trajectory, "branch": branch_name, "steps": len(branch.entries)}
+                found |= {"unknown": unknown, "snapshots": len(branch.snapshots)}
+                found |= {"epoch": branch.epoch, "closed": branch.closed}
+                text = f"{trajectory}@{branch_name}  {found['steps']} steps, {unknown} unknown, epoch {branch.epoch}"
+                typer.echo(json.dumps(found) if as_json else text + ("  closed" if branch.closed else ""))
+            return
+        branch = _named(log, name)
+        snapshots = {snapshot.step: snapshot.marker for snapshot in branch.snapshots}
+        for row in steps(log, branch):
+            if as_json:
+                typer.echo(json.dumps(row))
+                continue
+            if row["step"] in snapshots:
+                typer.echo(f"      snapshot {json.dumps(snapshots[row['step']])}")
+            result = row.get("result", {})
+            outcome = f"exit {result['exit_code']}" if "exit_code" in result else row["state"]
+            seconds = f"{row['seconds']:8.3f} s" if "seconds" in row else " " * 10
+            typer.echo(f"{row['step']:5d} {row['kind']:8} {outcome:9} {seconds}  {_line(_asked(row), 80)}")
 
 
 @app.command()
@@ -234,17 +236,17 @@ def replay(name: str, step: int = typer.Option(-1, help="Only this step."), fold
     """
     from dsec.trajectory.show import steps
 
-    log = _open(folder)
-    for row in steps(log, _named(log, name), results=True):
-        if step not in (-1, row["step"]):
-            continue
-        typer.echo(f"$ {_asked(row)}")
-        for stream in ("stdout", "stderr", "data"):
-            output = row.get("result", {}).get(stream) or b""
-            sys.stdout.flush()
-            sys.stdout.buffer.write(output.encode("utf-8", "replace") if isinstance(output, str) else output)
-        if row["state"] != "ended":
-            typer.echo(f"[{row['state']}]")
+    with contextlib.closing(_open(folder)) as log:
+        for row in steps(log, _named(log, name), results=True):
+            if step not in (-1, row["step"]):
+                continue
+            typer.echo(f"$ {_asked(row)}")
+            for stream in ("stdout", "stderr", "data"):
+                output = row.get("result", {}).get(stream) or b""
+                sys.stdout.flush()
+                sys.stdout.buffer.write(output.encode("utf-8", "replace") if isinstance(output, str) else output)
+            if row["state"] != "ended":
+                typer.echo(f"[{row['state']}]")
 
 
 @app.command()
@@ -257,13 +259,13 @@ def diff(one: str, other: str, folder: Path | None = FOLDER, as_json: bool = JSO
     """
     from dsec.trajectory.show import difference
 
-    log = _open(folder)
-    left, right = _named(log, one), _named(log, other)
-    found = difference(log, left, right)
-    if as_json:
-        typer.echo(json.dumps(found))
-    elif found is None:
-        typer.echo(f"the same for {min(len(left.entries), len(right.entries))} steps")
-    else:
-        typer.echo(f"step {found['step']}, {found['field']}:\n- {found['one']!r}\n+ {found['other']!r}")
-    raise typer.Exit(1 if found else 0)
+    with contextlib.closing(_open(folder)) as log:
+        left, right = _named(log, one), _named(log, other)
+        found = difference(log, left, right)
+        if as_json:
+            typer.echo(json.dumps(found))
+        elif found is None:
+            typer.echo(f"the same for {min(len(left.entries), len(right.entries))} steps")
+        else:
+            typer.echo(f"step {found['step']}, {found['field']}:\n- {found['one']!r}\n+ {found['other']!r}")
+        raise typer.Exit(1 if found else 0)

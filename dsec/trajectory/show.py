@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,15 @@ def verify(folder: Path) -> tuple[dict[str, int], list[str]]:
                     problems.append(f"{path}: a torn tail of {found.length - found.end} bytes (cut at the next start)")
         except LogCorrupt as problem:
             return counts, [*problems, str(problem)]
-    log = LogReader(folder)
-    for trajectory, name in log.names():
-        try:
-            branch = log.branch(trajectory, name)
-            counts["branches"] += 1
-            counts["ignored"] += branch.ignored
-            problems += _verify_branch(log, branch, counts)
-        except LogCorrupt as problem:
-            problems.append(f"{trajectory}@{name}: {problem}")
+    with contextlib.closing(LogReader(folder)) as log:
+        for trajectory, name in log.names():
+            try:
+                branch = log.branch(trajectory, name)
+                counts["branches"] += 1
+                counts["ignored"] += branch.ignored
+                problems += _verify_branch(log, branch, counts)
+            except LogCorrupt as problem:
+                problems.append(f"{trajectory}@{name}: {problem}")
     return counts, problems
 
 

@@ -5,6 +5,7 @@ never disturbed. The Edge is killed too. A counter in the sandbox says how often
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -96,10 +97,10 @@ def test_an_agent_that_is_killed_finishes_with_the_same_log(agent: Any) -> None:
     assert all(line[3] for line in lines[:7]) and not lines[7][3]
     assert lines[6][2] == seen[7][2]
 
-    log = LogReader(agent.host.home / "log")
-    one, other = log.branch("repair/whole"), log.branch("repair/killed")
-    assert len(one.entries) == len(other.entries) and all(entry.ended for entry in other.entries)
-    parted = difference(log, one, other)
+    with contextlib.closing(LogReader(agent.host.home / "log")) as log:
+        one, other = log.branch("repair/whole"), log.branch("repair/killed")
+        assert len(one.entries) == len(other.entries) and all(entry.ended for entry in other.entries)
+        parted = difference(log, one, other)
     assert parted is None or parted["field"] == "result.stdout", parted  # what `date` said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -71,6 +72,12 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in segments(folder / "shards" / "local"))
 
 
+def named(folder: Path) -> set[str]:
+    """The trajectories of a log."""
+    with contextlib.closing(LogReader(folder)) as log:
+        return {name for name, branch in log.names() if branch == "main"}
+
+
 def kept(number: int) -> bool:
     return number % 3 == 0
 
@@ -107,7 +114,7 @@ def test_a_deleted_trajectory_starts_anew_and_the_others_do_not(tmp_path: Path) 
         assert log.find("t1") is None and log.find("t1", "main.1") is None
 
     opened(tmp_path, body)
-    assert {name for name, _ in LogReader(tmp_path).names()} == {"t0", "t2"}
+    assert named(tmp_path) == {"t0", "t2"}
     check(tmp_path, {"t0": STEPS, "t1": 0, "t2": STEPS})
     check(tmp_path, {"t0": STEPS, "t1": STEPS, "t2": STEPS})
 
@@ -223,7 +230,7 @@ def test_another_edge_on_the_folder_sees_both(tmp_path: Path) -> None:
     asyncio.run(body())
     for index in (tmp_path / "shards").glob("*.index*"):
         index.unlink()
-    assert not LogReader(tmp_path).names(), "it stays as long as the other shard has what it deletes"
+    assert not named(tmp_path), "it stays as long as the other shard has what it deletes"
     assert not verify(tmp_path)[1]
 
 
@@ -252,9 +259,9 @@ def test_killed_at_each_point(tmp_path: Path, point: str) -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == -signal.SIGKILL, f"{point} was never reached"
     gone = [number for number in range(OLD) if not kept(number)]
-    left = {number for number in gone if ("t" + str(number), "main") in LogReader(tmp_path).names()}
+    left = {number for number in gone if f"t{number}" in named(tmp_path)}
     check(tmp_path, {f"t{number}": STEPS for number in range(OLD) if kept(number) or number in left})
     opened(tmp_path, body)
-    assert {name for name, _ in LogReader(tmp_path).names()} == {f"t{n}" for n in range(OLD) if kept(n)}
+    assert named(tmp_path) == {f"t{n}" for n in range(OLD) if kept(n)}
     check(tmp_path, {f"t{number}": STEPS * kept(number) for number in range(OLD)})
     assert not list((tmp_path / "blobs").glob("*/gone.*"))

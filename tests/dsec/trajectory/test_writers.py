@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import threading
@@ -96,7 +97,8 @@ def test_two_edges_on_one_folder(tmp_path: Path) -> None:
             t = await log.open("t", SPEC)
             assert [(await step(t, c))["stdout"] for c in ("one", "two")] == ["did one", "by b"] and t.steps == 2
             log.close()
-        assert LogReader(tmp_path).branch("t").ignored == 2
+        with contextlib.closing(LogReader(tmp_path)) as reader:
+            assert reader.branch("t").ignored == 2
 
     run(body)
 
@@ -234,7 +236,8 @@ def test_the_index_is_made_anew_from_the_segments(tmp_path: Path) -> None:
             for i in range(30):
                 assert (await log.open(f"t{i}", SPEC)).steps == 1
             log.close()
-        assert json.loads(json.dumps(LogReader(tmp_path).names()[0])) == ["t0", "main"]
+        with contextlib.closing(LogReader(tmp_path)) as reader:
+            assert json.loads(json.dumps(reader.names()[0])) == ["t0", "main"]
 
     run(body)
 
