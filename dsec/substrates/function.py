@@ -21,8 +21,11 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +103,16 @@ class NoAgent(Agent):
         return []
 
 
+@dataclass(eq=False, slots=True)
+class Call:
+    """It waits for a worker, and then for that one's reply; ``timeout``: seconds that the worker may take."""
+
+    request: bytes
+    timeout: float | None
+    reply: asyncio.Future[tuple[str, Any]]
+    worker: Worker | None = None
+
+
 class Functions:
     """See base.Running: WORKERS processes of one variant, started when first called."""
 
@@ -109,52 +122,55 @@ class Functions:
         self.capabilities = Capabilities(
             isolation=LEVELS[variant], persistent_fs=False, network=False, snapshots=False, tty=False, limits="rlimit"
         )
-        self._idle: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
-        self._count = 0
+        self._waiting: deque[Call] = deque()
+        self._idle: list[Worker] = []
         self._all: set[Worker] = set()
-        self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[str] = self._loop.create_future()
 
     async def call(self, function: str, args: list[Any], kwargs: dict[str, Any], timeout: float | None) -> Any:
         """The function's value. Raises SandboxFailed with its traceback, Timeout, NotFound for an unknown name."""
         if self._end.done():
             raise SandboxFailed("it is dead")
-        request = json.dumps([function, args, kwargs]).encode()
-        worker = await self._take()
+        call = Call(json.dumps([function, args, kwargs]).encode(), timeout, self._loop.create_future())
+        self._waiting.append(call)
+        self._serve()
         try:
-            async with asyncio.timeout(timeout):
-                kind, value = await worker.ask(request)
-        except TimeoutError:
-            worker.kill()
-            raise Timeout(f"the call ran past its {timeout:g} s and was killed") from None
+            kind, value = await call.reply
         except asyncio.CancelledError:
-            worker.kill()
+            if call.worker is not None and call.worker.call is call:
+                call.worker.kill()
             raise
-        finally:
-            self._give(worker)
         if kind == "value":
             return value
         if kind == "unknown":
             raise NotFound(str(value))
         raise SandboxFailed(str(value), kind=kind)
 
-    async def _take(self) -> Worker:
-        while True:
-            if self._idle.empty() and self._count < WORKERS:
-                self._count += 1
-                worker = Worker(self.variant, self.spec)
-                self._all.add(worker)
-                return worker
-            worker = await self._idle.get()
-            if not worker.dead:
-                return worker
-            self._forget(worker)
+    def _serve(self) -> None:
+        """Gives the calls that wait to workers that have none."""
+        while self._waiting and (self._idle or len(self._all) < WORKERS):
+            call = self._waiting.popleft()
+            if call.reply.done():
+                continue  # its caller has gone
+            if not self._idle:
+                try:
+                    self._idle.append(Worker(self.variant, self.spec, self._back))
+                except OSError as error:
+                    call.reply.set_exception(SandboxFailed(f"no worker can be started: {error}"))
+                    continue
+                self._all.add(self._idle[-1])
+            self._idle.pop().begin(call)
 
-    def _give(self, worker: Worker) -> None:
-        self._idle.put_nowait(worker)
-
-    def _forget(self, worker: Worker) -> None:
-        self._count -= 1
-        self._all.discard(worker)
+    def _back(self, worker: Worker) -> None:
+        """It has answered, or it has died."""
+        if not worker.dead:
+            self._idle.append(worker)
+        else:
+            self._all.discard(worker)
+            if worker in self._idle:
+                self._idle.remove(worker)
+        self._serve()
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -171,31 +187,38 @@ class Functions:
             worker.signal(signal.SIGCONT)
 
     async def stats(self) -> Stats:
-        return Stats(pids=len([worker for worker in self._all if not worker.dead]))
+        return Stats(pids=len(self._all))
 
     async def snapshot(self, target: Path) -> None:
         raise InvalidRequest("a function sandbox keeps nothing that a snapshot could hold")
 
     async def destroy(self) -> None:
-        for worker in self._all:
-            worker.kill()
-        self._all.clear()
         if not self._end.done():
             self._end.set_result("destroyed")
+        for call in self._waiting:
+            if not call.reply.done():
+                call.reply.set_exception(SandboxFailed("it is dead"))
+        self._waiting.clear()
+        for worker in list(self._all):
+            worker.kill(SandboxFailed("it is dead"))
 
 
 class Worker:
-    """A process of this interpreter on one end of a socket pair. Our end is watched as long as it lives: to begin and
-    end that with each call is a fifth of the Edge's time for it."""
+    """A process of this interpreter on one end of a socket pair, with one call at a time. Callbacks alone move it: a
+    worker that has answered has its next call before anybody has looked at the answer."""
 
-    def __init__(self, variant: str, spec: Spec) -> None:
+    def __init__(self, variant: str, spec: Spec, back: Callable[[Worker], None]) -> None:
+        """``back``: called when it has answered and may be given the next call, and when it has died."""
         self.dead = False
+        self.call: Call | None = None
+        self._back = back
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._data = bytearray()
-        self._reply: asyncio.Future[None] | None = None
-        self._over = False
+        self._sent = True
+        self._deadline = inf
+        self._clock: asyncio.TimerHandle | None = None
         os.set_inheritable(theirs.fileno(), True)
         modules = {name.partition(":")[0] for name in _REGISTERED} | set(
             os.environ.get("DSEC_FUNCTIONS", "").split(",")
@@ -217,60 +240,101 @@ class Worker:
         theirs.close()
         self._loop.add_reader(self._socket, self._read)
 
+    def begin(self, call: Call) -> None:
+        self.call, call.worker = call, self
+        self._deadline = inf if call.timeout is None else self._loop.time() + call.timeout
+        if self._clock is None or self._deadline < self._clock.when():
+            self._watch()
+        self._send(memoryview(_HEAD.pack(len(call.request)) + call.request))
+
+    def _watch(self) -> None:
+        """Ends a call that takes too long. The clock goes on from call to call (one of its own for each would be a
+        tenth of the Edge's time for it) and, when it was set too early, is set anew."""
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+        if self.call is None:
+            return
+        if self._loop.time() >= self._deadline:
+            self.kill(Timeout(f"the call ran past its {self.call.timeout:g} s and was killed"))
+        elif self._deadline < inf:
+            self._clock = self._loop.call_at(self._deadline, self._watch)
+
+    def _send(self, data: memoryview) -> None:
+        """What the socket takes of it now, and the rest when it takes more."""
+        try:
+            data = data[self._socket.send(data) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return  # it is dying, as `_read` will see
+        self._sent = not data
+        if data:
+            self._loop.add_writer(self._socket, self._more, data)
+
+    def _more(self, data: memoryview) -> None:
+        self._loop.remove_writer(self._socket)
+        self._send(data)
+
     def _read(self) -> None:
-        """Takes what has come. Once the reply is whole, or cannot be any more, whoever asked goes on."""
+        """Takes what has come; a whole reply ends the call. A worker that dies or lies answers ("died", why)."""
         try:
             piece = self._socket.recv(1 << 16)
         except OSError:
             piece = b""
         self._data += piece
-        self._over = not piece or max(self._size(), len(self._data)) > 4 + MAX_REPLY
-        if self._over:
-            self._loop.remove_reader(self._socket)
-        if (self._over or len(self._data) >= self._size()) and self._reply is not None and not self._reply.done():
-            self._reply.set_result(None)
-
-    def _size(self) -> int:
-        """Bytes of the reply that has begun to come, with its head."""
-        return 4 + (_HEAD.unpack_from(self._data)[0] if len(self._data) >= 4 else 0)
-
-    async def ask(self, request: bytes) -> tuple[str, Any]:
-        """Sends one request and reads its answer. A worker that dies or lies answers ("died", why)."""
+        size = 4 + (_HEAD.unpack_from(self._data)[0] if len(self._data) >= 4 else 0)
+        asked = self.call is not None and self._sent
+        if piece and asked and len(self._data) < size <= 4 + MAX_REPLY:
+            return
         try:
-            if self._data or self._over:
-                raise ValueError("it ended" if self._over else "it spoke unasked")
-            self._reply = self._loop.create_future()
-            await self._loop.sock_sendall(self._socket, _HEAD.pack(len(request)) + request)
-            await self._reply
-            if not self._data:
-                raise ValueError("it ended without a reply")
-            if self._size() > 4 + MAX_REPLY:
-                raise ValueError(f"a reply of {self._size() - 4} bytes")
-            if self._size() > len(self._data):
-                raise ValueError("it ended in the middle of its reply")
-            kind, value = json.loads(self._data[4:])
-            self._data.clear()
-        except (OSError, ValueError) as error:
-            self.kill()
-            return "died", f"the worker died: {error}"
-        return str(kind), value
+            if not piece:
+                raise ValueError(f"it ended {'in the middle of its' if self._data else 'without a'} reply")
+            if not asked or len(self._data) > size:
+                raise ValueError("it spoke unasked")
+            if size > 4 + MAX_REPLY:
+                raise ValueError(f"a reply of {size - 4} bytes")
+            kind, value = json.loads(self._data[4:].decode())
+        except (ValueError, TypeError, RecursionError) as error:
+            self.kill(SandboxFailed(f"the worker died: {error}", kind="died"))
+            return
+        self._data.clear()
+        self._finish((str(kind), value))
+        self._back(self)
+
+    def _finish(self, answer: tuple[str, Any] | DsecError) -> None:
+        """Ends the call."""
+        call, self.call = self.call, None
+        if call is None or call.reply.done():
+            return
+        if isinstance(answer, DsecError):
+            call.reply.set_exception(answer)
+        else:
+            call.reply.set_result(answer)
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._pid, number)
 
-    def kill(self) -> None:
-        if not self.dead:
-            self.dead = True
-            if self._group is not None:
-                self._group.kill()  # whatever it has started, wherever that went
-            self.signal(signal.SIGKILL)
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
-            with suppress(ChildProcessError):
-                os.waitpid(self._pid, 0)
-            if self._group is not None:
-                self._bury(self._group)
+    def kill(self, why: DsecError | None = None) -> None:
+        """Ends it, and with `why` the call that it has."""
+        if self.dead:
+            return
+        self.dead = True
+        if self._clock is not None:
+            self._clock.cancel()
+        if self._group is not None:
+            self._group.kill()  # whatever it has started, wherever that went
+        self.signal(signal.SIGKILL)
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        with suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+        if self._group is not None:
+            self._bury(self._group)
+        self._finish(why or SandboxFailed("it was killed"))
+        self._back(self)
 
     def _bury(self, group: cgroups.Cgroup) -> None:
         if not group.remove():  # the last of them is still dying
@@ -282,10 +346,12 @@ class Worker:
 
 
 def _receive(connection: socket.socket) -> bytes | None:
-    head = connection.recv(4, socket.MSG_WAITALL)
-    if len(head) < 4:
+    """The next request: there is never more than one, so most come with one system call."""
+    data = connection.recv(1 << 14)
+    if len(data) < 4:
         return None
-    return connection.recv(_HEAD.unpack(head)[0], socket.MSG_WAITALL)
+    rest = 4 + _HEAD.unpack_from(data)[0] - len(data)
+    return data[4:] + (connection.recv(rest, socket.MSG_WAITALL) if rest else b"")
 
 
 def work() -> None:
@@ -357,7 +423,7 @@ def limit(settings: dict[str, Any], namespaced: bool) -> None:
 
 def _answer(request: bytes, functions: dict[str, Any]) -> bytes:
     try:
-        name, args, kwargs = json.loads(request)
+        name, args, kwargs = json.loads(request.decode())
         call = functions.get(name) or _find(name)
         functions[name] = call
         return json.dumps(["value", call(*args, **kwargs)]).encode()

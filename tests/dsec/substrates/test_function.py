@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,105 @@ def test_values_errors_and_deaths(variant: str) -> None:
         assert await asyncio.gather(*(box.call("def main(i): return i", [i], {}, 20) for i in range(20))) == list(
             range(20)
         )
+
+    run(variant, body)
+
+
+DIE = "import os, signal\ndef main(): os.kill(os.getpid(), signal.SIGKILL)"
+SLEEP = "import time\ndef main(): time.sleep(60)"
+
+
+def test_a_lost_worker_loses_its_own_call_alone() -> None:
+    async def body(box: Functions) -> None:
+        calls = [box.call("def main(i): return i" if i % 3 else DIE, [i] if i % 3 else [], {}, 20) for i in range(30)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(answer, SandboxFailed) or answer for answer in answers] == [
+            i if i % 3 else True for i in range(30)
+        ]
+
+    run("resident", body)
+
+
+async def gone(box: Functions) -> bool:
+    return (await box.stats()).pids == 0
+
+
+LIE = """
+import os, stat, struct, threading
+def main():
+    (fd,) = [n for n in range(3, 20) if os.path.exists(f'/proc/self/fd/{n}') and stat.S_ISSOCK(os.fstat(n).st_mode)]
+    say = lambda: os.write(fd, struct.pack('<I', 12) + b'["value", 7]')
+    threading.Timer(0.1, say).start()
+"""
+
+
+def test_an_idle_worker_that_dies_or_speaks_is_nobodys() -> None:
+    """It has no call to lose, and what it says answers none."""
+
+    async def body(box: Functions) -> None:
+        os.kill(await box.call("import os\ndef main(): return os.getpid()", [], {}, 20), signal.SIGKILL)
+        await soon(lambda: gone(box))
+        assert await box.call("def main(): return 5", [], {}, 20) == 5
+        assert await box.call(LIE, [], {}, 20) is None
+        await soon(lambda: gone(box))
+        assert await box.call("def main(): return 5", [], {}, 20) == 5
+
+    run("resident", body)
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(box: Functions) -> None:
+        monkeypatch.setattr("sys.executable", "/nowhere")
+        with pytest.raises(SandboxFailed, match="no worker can be started"):
+            await box.call("def main(): return 5", [], {}, 20)
+        monkeypatch.undo()
+        assert await box.call("def main(): return 5", [], {}, 20) == 5
+
+    run("resident", body)
+
+
+def test_each_call_has_a_time_of_its_own() -> None:
+    async def body(box: Functions) -> None:
+        sleep = "import time\ndef main(seconds):\n    time.sleep(seconds)\n    return seconds"
+        assert await box.call(sleep, [0], {}, 60) == 0
+        assert await box.call(sleep, [0], {}, 1) == 0
+        assert await box.call(sleep, [1.2], {}, 60) == 1.2, "the time of the call before"
+        with pytest.raises(Timeout, match="past its 1 s"):
+            await box.call(sleep, [60], {}, 1)
+
+    run("resident", body)
+
+
+def test_who_gives_up_takes_nobody_along() -> None:
+    async def body(box: Functions) -> None:
+        def begin(code: str, *args: Any) -> asyncio.Task[Any]:
+            return asyncio.ensure_future(box.call(code, list(args), {}, None))
+
+        first, second = begin(SLEEP), begin(SLEEP)
+        waiting = [begin("def main(i): return i", i) for i in range(4)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()  # has no worker yet
+        first.cancel()  # has one: it is killed, and the rest get another
+        assert await asyncio.gather(waiting[0], *waiting[2:]) == [0, 2, 3]
+        assert not second.done()
+        left = [second, *(begin(SLEEP) for _ in range(3))]
+        await asyncio.sleep(0)
+        await box.destroy()
+        assert [str(each) for each in await asyncio.gather(*left, return_exceptions=True)] == ["it is dead"] * 4
+
+    run("resident", body)
+
+
+@pytest.mark.parametrize("variant", LEVELS)
+def test_megabytes_both_ways(variant: str) -> None:
+    """More than a socket takes at once."""
+
+    async def body(box: Functions) -> None:
+        texts = [letter * (4 << 20) for letter in "abcd"]
+        answers = await asyncio.gather(*(box.call("def main(text): return text", [text], {}, 60) for text in texts))
+        assert answers == texts
+        with pytest.raises(SandboxFailed, match="reply"):
+            await box.call("def main(): return 'x' * (17 << 20)", [], {}, 60)
 
     run(variant, body)
 
