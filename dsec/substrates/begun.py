@@ -3,7 +3,7 @@ socket of its agent, and a launcher that has done its first steps and waits (lau
 
 A start then has only its mounts left to make. Nothing of an image is chosen here and no mount namespace is made: one
 made ahead would not have the mounts that the host makes later. An Edge that dies leaves folders without a state, which
-the next one abandons; their launchers end by themselves, because nobody holds the other end of their pipes.
+the next one abandons; their launchers end by themselves, because nobody holds the other end of their sockets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dsec.launch.cgroups import Cgroup, Hierarchy
 
-MOST = 60_000  # bytes of arguments: less than a pipe holds, so that the Edge never waits for a launcher
+MOST = 60_000  # bytes of arguments: less than a socket holds
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Begun:
     group: Cgroup | None
     listener: socket.socket
     pid: int = 0
-    control: int = -1
-    """Our end of the launcher's pipe."""
+    control: socket.socket | None = None
+    """Our end of the launcher's socket."""
     limits: tuple[float, int, int] | None = None
     """What its cgroup was limited to, if anything."""
 
@@ -68,32 +68,40 @@ class Begun:
             str(self.group.base),
         ]
 
-    def wait(self, pid: int, control: int) -> None:
+    def wait(self, pid: int, control: socket.socket) -> None:
         """A launcher waits for its arguments at the other end of `control`."""
+        control.setblocking(False)  # it reads nothing before the shutdown
         self.pid, self.control = pid, control
 
     def go(self, arguments: Sequence[str]) -> int:
         """Sends the launcher on its way; its pid, or 0 if none waits (it may have died)."""
         data = b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
-        sent = 0
-        if self.pid and len(data) <= MOST:
-            with contextlib.suppress(BrokenPipeError):
-                sent = os.write(self.control, struct.pack("<I", len(data)) + data)
+        sent = False
+        if self.control is not None and len(data) <= MOST:
+            with contextlib.suppress(ConnectionError, BlockingIOError):
+                self.control.sendall(struct.pack("<I", len(data)) + data)
+                self.control.shutdown(socket.SHUT_WR)
+                sent = True
         if not sent:
             self.dismiss()
             return 0
-        os.close(self.control)
-        pid, self.pid, self.control = self.pid, 0, -1  # whoever runs the sandbox has it now
+        pid, self.pid = self.pid, 0  # whoever runs the sandbox has it now
+        self.hang_up()
         return pid
 
     def dismiss(self) -> None:
         """Ends a launcher that still waits."""
+        self.hang_up()
         if self.pid:
-            os.close(self.control)
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-            self.pid, self.control = 0, -1
+            self.pid = 0
+
+    def hang_up(self) -> None:
+        if self.control is not None:
+            self.control.close()
+            self.control = None
 
     def close(self) -> None:
         """Closes what is open here; a launcher that still waits ends."""

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections import deque
@@ -150,14 +151,14 @@ class ContainerSubstrate:
             usual = Spec()
             begun.limit(usual.cpu, usual.memory + BWRAP.memory, usual.pids + BWRAP.pids)
             (folder / "disk").mkdir(mode=0o700)
-            end, control = os.pipe()
-            try:
-                begun.wait(self._spawn(begun, ["--wait", "5"], end), control)
-            except BaseException:
-                os.close(control)
-                raise
-            finally:
-                os.close(end)
+            (folder / "state.jsonl").touch(0o600)  # to make a file takes longer than to write it, see Box.save
+            control, end = socket.socketpair()
+            with end:
+                try:
+                    begun.wait(self._spawn(begun, ["--wait", "5"], end.fileno()), control)
+                except BaseException:
+                    control.close()
+                    raise
             self._soon()
 
     def _capabilities(self, runtime: Runtime) -> Capabilities:
@@ -190,7 +191,7 @@ class ContainerSubstrate:
         if spec.runtime:
             masked = [f"/proc/{name}" for name in MASKED if Path("/proc", name).exists()]
             return argv + oci.command(spec.runtime, self.root, folder, mounts, masked, AGENT_CAPS)
-        argv += ["--", self.bwrap, *self._walls, "--bind", "/sys", "/", *self._inside, *mounts]
+        argv += ["--", self.bwrap, *self._walls, "--dev-bind", "/sys", "/", *self._inside, *mounts]
         return [*argv, "--", "/.dsec/agent", "--listen", "3", "--drop", "--wall", "/"]
 
     def _spawn(self, begun: Begun, arguments: list[str], control: int = -1) -> int:
@@ -291,10 +292,9 @@ class ContainerSubstrate:
             shutil.copy(self.filter, scratch / ".dsec" / "seccomp.bpf")
             _settle(scratch, self.layer)
         self._host_layer, self._host_mounts = _host_image(cache)
-        self._walls = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --as-pid-1".split()
-        self._walls += ["--hostname", "sandbox", "--seccomp", "4", "--cap-drop", "ALL"]
+        self._walls = "--unshare-pid --unshare-cgroup-try --as-pid-1 --seccomp 4 --cap-drop ALL".split()
         self._walls += [part for cap in AGENT_CAPS for part in ("--cap-add", cap)]
-        self._inside = ["--dev", "/dev", "--proc", "/proc"]
+        self._inside = ["--proc", "/proc"] if self.root else ["--dev", "/dev", "--proc", "/proc"]
         # Every mount costs a start some time. Ids inside are never the host's root, so what only root may open needs
         # none; /proc/sys does, since owners of namespaces may write parts of it.
         self._inside += ["--ro-bind", "/proc/sys", "/proc/sys"]

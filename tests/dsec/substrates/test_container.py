@@ -14,6 +14,7 @@ import pytest
 
 from dsec.errors import (
     CommandFailed,
+    DsecError,
     ImageError,
     InvalidRequest,
     NotFound,
@@ -65,6 +66,23 @@ def test_streaming_background_and_terminal(box: Any) -> None:
     # a callback may use the sandbox: it runs in the caller's thread
     box.commands.run("echo x", on_stdout=lambda text: box.files.write("from-callback", text))
     assert box.files.read("from-callback") == "x\n"
+
+
+def test_devices(box: Any) -> None:
+    links = "core fd ptmx stderr stdin stdout"
+    there = box.commands.run(f"cd /dev; ls; readlink {links}; stat -c '%t %T %a' null zero full random urandom tty")
+    names = set(f"{links} null zero full random urandom tty pts shm".split())
+    listed, nodes = there.stdout.split("\n")[: len(names)], there.stdout.split("\n")[-7:-1]
+    assert set(listed) - {"console"} == names
+    assert nodes == ["1 3 666", "1 5 666", "1 7 666", "1 8 666", "1 9 666", "5 0 666"]
+    script = "echo x > /dev/null; head -c 3 /dev/zero | wc -c; head -c 3 /dev/urandom | wc -c; echo > /dev/full"
+    assert box.commands.run(script, check=False).stdout == "3\n3\n"
+    assert box.commands.run("hostname; echo x > /dev/shm/x; cat /dev/shm/x").stdout == "sandbox\nx\n"
+    changes = ["rm /dev/null", "mv /dev/null /dev/x", "chmod 0 /dev/null", "mknod /dev/sda b 8 0"]
+    assert all(box.commands.run(change, check=False).exit_code for change in changes)
+    with pytest.raises(DsecError):
+        box.files.remove("/dev/null")
+    assert box.commands.run("stat -c %a /dev/null").stdout == "666\n"
 
 
 def test_timeouts_kill_and_say_so(box: Any) -> None:

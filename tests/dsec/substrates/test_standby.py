@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def test_a_launcher_that_waits_becomes_the_sandbox(host: Host) -> None:
     before = ready(host)
     for name, pid in before.items():
         there = {path.name for path in (host.home / "sandboxes" / name).iterdir()}
-        assert there - {"slot"} == {"agent.sock", "log", "disk"}
+        assert there - {"slot"} == {"agent.sock", "log", "disk", "state.jsonl"}
         if host.who == "root":  # before it waits: in its cgroups, with a session of its own
             slot = (host.home / "sandboxes" / name / "slot").read_text()
             assert f"/dsec/{slot}\n" in Path(f"/proc/{pid}/cgroup").read_text()
@@ -142,12 +143,13 @@ def test_arguments_that_never_come_end_it(programs: Path, tmp_path: Path) -> Non
     launcher = build.program(Path(cgroups.__file__).with_name("launch.c"), programs / "cache")
     base = ["--base", "131072"] if os.geteuid() == 0 else []
     for sent in (b"", b"\x05", b"\x40\0\0\0--root\0", b"\xff\xff\xff\xff--root\0", b"\x07\0\0\0--wait\0"):
-        read, write = os.pipe()
-        os.write(write, sent)
-        os.close(write)
-        command = [str(launcher), "--keep", str(max(read, 2)), *base, "--wait", str(read)]
-        done = subprocess.run(command, pass_fds=[read], cwd=tmp_path, capture_output=True, text=True, timeout=20)
-        os.close(read)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            with ours:
+                ours.sendall(sent)
+            fd = theirs.fileno()
+            command = [str(launcher), "--keep", str(fd), *base, "--wait", str(fd)]
+            done = subprocess.run(command, pass_fds=[fd], cwd=tmp_path, capture_output=True, text=True, timeout=20)
         assert done.returncode in (0, 2) and os.listdir(tmp_path) == [], done
 
 
