@@ -22,72 +22,69 @@ from typing import Any
 import _bench as bench
 from flash_layer import LAYERS, SIDES, Clock, Ours, write
 
-BITS = {"fp4": 4.25, "fp8": 8, "bf16": 16, "f32": 32}  # of one element, FP4 with its scales
 
-
-def _weight(name: str, elements: int) -> float:
-    return elements * BITS[next(kind for kind in BITS if kind in name)] / 8
+def _bytes(bits: int, elements: int) -> float:
+    return elements * (bits if bits > 4 else 4.25) / 8  # FP4 with its scales
 
 
 def _number(address: int, kind: Any) -> int:
     return int(ctypes.cast(address, ctypes.POINTER(kind))[0])
 
 
-def _linear(name: str, v: list[int]) -> tuple[str, float]:
+def _linear(plain: int, v: list[int]) -> tuple[str, float]:
     _, out, width, groups = v[-4:]
-    return f"{groups * out:,} x {width:,}", _weight(name, groups * out * width)
+    return f"{groups * out:,} x {width:,}", _bytes(v[1], groups * out * width)
 
 
-def _experts(name: str, v: list[int]) -> tuple[str, float]:
-    _, choices, _, dim, inner = v[5:10]
-    return f"{choices} of 3 x {inner:,} x {dim:,}", _weight(name, 3 * choices * dim * inner)
+def _experts(plain: int, v: list[int]) -> tuple[str, float]:
+    _, choices, _, dim, inner = v[6:11]
+    return f"{choices} of 3 x {inner:,} x {dim:,}", _bytes(v[1], 3 * choices * dim * inner)
 
 
-def _rounded(name: str, v: list[int]) -> tuple[str, float]:
-    _, out, width = v[4:7]
-    return f"{out:,} x {width:,}", _weight(name, out * width)
+def _rounded(plain: int, v: list[int]) -> tuple[str, float]:
+    _, out, width = v[5:8]
+    return f"{out:,} x {width:,}", _bytes(v[1], out * width)
 
 
-def _mixture(name: str, v: list[int]) -> tuple[str, float]:
-    _, choices, _, dim, inner, shared = v[6:12]
-    size = _weight(name, 3 * choices * dim * inner) + _weight("fp8", 3 * dim * shared)
+def _mixture(plain: int, v: list[int]) -> tuple[str, float]:
+    _, choices, _, dim, inner, shared = v[7:13]
+    size = _bytes(v[1], 3 * choices * dim * inner) + _bytes(8, 3 * dim * shared)
     return f"{choices} of 3 x {inner:,} x {dim:,}, and the shared one", size
 
 
-def _project(name: str, v: list[int]) -> tuple[str, float]:
+def _project(plain: int, v: list[int]) -> tuple[str, float]:
     width, channels = v[7:9]
-    return f"2 x {width:,} x {channels:,}", _weight(name, 2 * width * channels)
+    return f"2 x {width:,} x {channels:,}", _bytes(plain, 2 * width * channels)
 
 
-def _choose(name: str, v: list[int]) -> tuple[str, float]:
+def _choose(plain: int, v: list[int]) -> tuple[str, float]:
     entries, dim, k = v[9], v[12], v[13]
-    return f"{k} of {entries:,}", _weight(name, entries * dim)
+    return f"{k} of {entries:,}", _bytes(plain, entries * dim)
 
 
-def _attend(name: str, v: list[int]) -> tuple[str, float]:
+def _attend(plain: int, v: list[int]) -> tuple[str, float]:
     rows = _number(v[3], ctypes.c_int32) - _number(v[2], ctypes.c_int32)
     if v[4]:
         rows += _number(v[6], ctypes.c_int32) if v[6] else _number(v[8], ctypes.c_int64) - _number(v[7], ctypes.c_int64)
-    return f"{rows} rows", _weight(name, rows * v[14])
+    return f"{rows} rows", _bytes(plain, rows * v[14])
 
 
-def _enter(name: str, v: list[int]) -> tuple[str, float]:
+def _enter(plain: int, v: list[int]) -> tuple[str, float]:
     return "", 4.0 * 24 * 4 * v[12]
 
 
-SIZES: dict[str, Callable[[str, list[int]], tuple[str, float]]] = {
+SIZES: dict[str, Callable[[int, list[int]], tuple[str, float]]] = {
     "linear": _linear, "rounded": _rounded, "experts": _experts, "mixture": _mixture, "project": _project,
     "choose": _choose, "attend": _attend, "enter": _enter,
 }  # fmt: skip
-"""From a function's first word and its arguments: what it works on, and the bytes of weights or rows that it reads."""
+"""From a function's first word, the bits of its rows and its arguments: what it works on and its bytes."""
 
 
 class Watched:
-    """The compiled library, with the seconds of every call in ``seen``."""
+    """A compiled library, with the seconds of every call in ``seen``; ``plain``: bits of an element of its rows."""
 
-    def __init__(self, library: Any) -> None:
-        self.library = library
-        self.seen: list[tuple[str, float, float]] = []
+    def __init__(self, library: Any, plain: int, seen: list[tuple[str, float, float]]) -> None:
+        self.library, self.plain, self.seen = library, plain, seen
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         function, sizes = getattr(self.library, name), SIZES.get(name.split("_")[0], lambda *_: ("", 0.0))
@@ -96,7 +93,7 @@ class Watched:
             started = time.perf_counter()
             function(*arguments)
             seconds = time.perf_counter() - started
-            shape, size = sizes(name, [getattr(a, "value", a) or 0 for a in arguments])
+            shape, size = sizes(self.plain, [getattr(a, "value", a) or 0 for a in arguments])
             self.seen.append((f"{name} {shape}".strip(), size, seconds))
 
         self.__dict__[name] = run
@@ -111,7 +108,9 @@ def steps(spec: dict[str, Any]) -> dict[str, Any]:
 
     side = Ours(Path(spec["folder"]), SIDES[spec["side"]])
     ids = torch.randint(1000, (1, 256 + spec["decode"]), generator=torch.Generator().manual_seed(1))
-    watched, found = Watched(library.library()), {}
+    seen: list[tuple[str, float, float]] = []
+    types = {None: 32, torch.float32: 32, torch.bfloat16: 16}
+    watched, found = {dtype: Watched(library.library(dtype), bits, seen) for dtype, bits in types.items()}, {}
     with torch.inference_mode():
         clocks = [Clock(layer) for layer in side.layers]
         side.feed(ids[:, :256])
@@ -125,25 +124,25 @@ def steps(spec: dict[str, Any]) -> dict[str, Any]:
             return [1000 * statistics.median(clock.seconds) for clock in clocks]
 
         plain = decode()
-        library.library = lambda: watched  # type: ignore[assignment]
+        library.library = lambda dtype=None: watched[dtype]  # type: ignore[assignment]
         marks: list[int] = []
         for layer in side.layers:
-            layer.register_forward_pre_hook(lambda *_: marks.append(len(watched.seen)))
+            layer.register_forward_pre_hook(lambda *_: marks.append(len(seen)))
         observed = decode()
-    marks.append(len(watched.seen))
+    marks.append(len(seen))
     for i, name in enumerate(LAYERS):
         calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for start, end in list(pairwise(marks))[i :: len(LAYERS)]:
             mine: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-            for call, size, seconds in watched.seen[start:end]:
+            for call, size, seconds in seen[start:end]:
                 mine[call][0] += size
                 mine[call][1] += 1000 * seconds
             for call, (size, ms) in mine.items():
                 calls[call].append((size, ms))
         middle = [
-            [call, *(statistics.median(column) for column in zip(*seen))]
-            for call, seen in calls.items()
-            if len(seen) > spec["decode"] / 2
+            [call, *(statistics.median(column) for column in zip(*times))]
+            for call, times in calls.items()
+            if len(times) > spec["decode"] / 2
         ]
         found[name] = {"ms": plain[i], "watched ms": observed[i], "calls": middle}
     return found

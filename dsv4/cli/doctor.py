@@ -36,11 +36,13 @@ def _cpu() -> dict[str, Any]:
 
 def _kernels(problems: list[str]) -> dict[str, Any]:
     """What the hot operations run on: C++ for which instructions (DSV4_ISA forces one), or plain torch."""
+    import torch
+
     from dsv4.kernels.cpu.isa import choose
     from dsv4.kernels.cpu.library import levels, library
 
     try:
-        if library() is not None:
+        if library(torch.float32) is not None:
             return {"backend": "C++", "isa": choose(levels()), "available": levels()}
     except ValueError as error:
         problems.append(str(error))

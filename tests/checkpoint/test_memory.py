@@ -28,7 +28,7 @@ import torch
 import dsv4
 from dsv4.kernels.cpu.library import library
 torch.set_num_threads(1)
-library()
+library(), library(torch.float32), library(torch.bfloat16)
 ids = torch.arange(40)[None] % 4096
 
 def status(key):

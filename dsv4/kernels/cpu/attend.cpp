@@ -2,38 +2,26 @@
 //
 // Scores go 16 keys to a vector: keys are turned into blocks [dim / step][16 keys][step] (step = 1 float or 2 bf16), a query's
 // elements are broadcast. A score's order of addition is that of its dimensions, whatever block it falls into.
-#include <vector>
-
 #include "lanes.h"
 #include "share.h"
 
 namespace {
 
-template <class S>
-S* room(int which, long count) {
-    static thread_local std::vector<float> hold[5];
-    size_t need = count * sizeof(S) / 4 + 32;
-    if (hold[which].size() < need) hold[which].resize(need);
-    return (S*)((uintptr_t(hold[which].data()) + 63) & ~uintptr_t(63));
-}
-
 constexpr int HEADS = 8;  // heads that share one pass over the keys
-template <class S> constexpr long words(long dim) { return dim * long(sizeof(S)) / 4; }  // 32-bit words of a row (dim even)
+constexpr long words(long dim) { return dim * long(sizeof(S)) / 4; }  // 32-bit words of a row (dim even)
 
 // dot[2 h], dot[2 h + 1] = the scores of HEADS queries (rows of `stride` elements, w words used) with two blocks of 16 keys.
-template <class S>
-inline void block_dots(const S* q, long stride, const uint32_t* keys, const uint32_t* more, long w, vec* dot) {
-    typedef Chunk<S> X;
+APART void block_dots(const S* q, long stride, const uint32_t* keys, const uint32_t* more, long w, vec* dot) {
     constexpr long step = 4 / sizeof(S);
 #ifdef LANES_AVX2
     for (int part = 0; part < 4; part++) {  // four heads with one of the blocks
         const S *from = q + (part & 2) * 2 * stride, *at = (const S*)(part & 1 ? more : keys);
-        __m256 s[8] = {};
+        vec8 s[8] = {};
         for (long k = 0; k < w; k++) {
-            const Half<S> x = Half<S>::take(at + k * 16 * step), y = Half<S>::take(at + k * 16 * step + 8 * step);
+            const Half x = Half::take(at + k * 16 * step), y = Half::take(at + k * 16 * step + 8 * step);
 #pragma GCC unroll 4
             for (int h = 0; h < 4; h++) {
-                const Half<S> one = Half<S>::pair(from + h * stride + k * step);
+                const Half one = Half::pair(from + h * stride + k * step);
                 s[2 * h] = mad(s[2 * h], one, x), s[2 * h + 1] = mad(s[2 * h + 1], one, y);
             }
         }
@@ -43,17 +31,17 @@ inline void block_dots(const S* q, long stride, const uint32_t* keys, const uint
 #endif
     vec sum[2 * HEADS] = {};
     for (long k = 0; k < w; k++) {
-        X key[2];
+        Chunk key[2];
         memcpy(&key[0], keys + k * 16, 64);
         memcpy(&key[1], more + k * 16, 64);
         KEEP(key[0].v);
         KEEP(key[1].v);
 #pragma GCC unroll 8
         for (int h = 0; h < HEADS; h++) {
-            X one = X::pair(q + h * stride + k * step);
+            Chunk one = Chunk::pair(q + h * stride + k * step);
             KEEP(one.v);
-            sum[2 * h] = X::mad(sum[2 * h], one, key[0]);
-            sum[2 * h + 1] = X::mad(sum[2 * h + 1], one, key[1]);
+            sum[2 * h] = Chunk::mad(sum[2 * h], one, key[0]);
+            sum[2 * h + 1] = Chunk::mad(sum[2 * h + 1], one, key[1]);
         }
     }
     for (int i = 0; i < 2 * HEADS; i++) dot[i] = sum[i];
@@ -102,9 +90,8 @@ void top(const float* scores, long n, long k, int32_t* out, uint32_t* order) {
 }
 
 // Scores of one query for 32 turned keys: out[lane] = sum_h weight[h] relu(q[h] . key).
-template <class S>
-void index_scores(const S* q, const float* weight, const uint32_t* turned, long H, long dim, float* out) {
-    const long w = words<S>(dim);
+APART void index_scores(const S* q, const float* weight, const uint32_t* turned, long H, long dim, float* out) {
+    const long w = words(dim);
     vec total[2] = {};
     for (long h = 0; h < H; h += HEADS) {
         vec dot[2 * HEADS];
@@ -116,13 +103,14 @@ void index_scores(const S* q, const float* weight, const uint32_t* turned, long 
     store16(out + 16, total[1]);
 }
 
+}  // namespace
+
 // chosen [B, T, K] int32, count [B, T] int32: the entries low <= e < high each query reads, its top K by index score.
 // q [B, T, H, dim], weight [B, T, H], keys: row b begins at keys + b * key_stride; H a multiple of HEADS. turned: room for E keys in
 // blocks of 32, scores for 8 queries.
-template <class S>
-void choose(const S* q, const float* weight, const S* keys, const int64_t* low, const int64_t* high, int32_t* chosen, int32_t* count, long B,
+extern "C" void choose(const S* q, const float* weight, const S* keys, const int64_t* low, const int64_t* high, int32_t* chosen, int32_t* count, long B,
             long T, long E, long key_stride, long H, long dim, long K, uint32_t* turned, float* scores) {
-    const long w = words<S>(dim), blocks = (E + 31) / 32, wide = blocks * 32;
+    const long w = words(dim), blocks = (E + 31) / 32, wide = blocks * 32;
     const bool worth = E * H * dim * B * T > 2000000, few = B * T < 8;  // few queries: threads share the keys
     for (long b = 0; b < B; b++) {
         const S *first = keys + b * key_stride, *mine = q + b * T * H * dim;
@@ -135,7 +123,7 @@ void choose(const S* q, const float* weight, const S* keys, const int64_t* low, 
         };
         share((blocks + 7) / 8, worth, [&](long piece) {
             for (long i = 8 * piece; i < std::min(8 * piece + 8, blocks); i++) {
-                uint32_t* block = few ? room<uint32_t>(0, 32 * w) : turned + i * 32 * w;
+                uint32_t* block = few ? scratch<uint32_t>(0, 32 * w) : turned + i * 32 * w;
                 turn_block(i, block);
                 for (long t = 0; few && t < T; t++) index_scores(mine + t * H * dim, heads + t * H, block, H, dim, scores + t * wide + 32 * i);
             }
@@ -149,18 +137,19 @@ void choose(const S* q, const float* weight, const S* keys, const int64_t* low, 
                 for (long i = 0; i < n; i++) out[i] = int32_t(from + i);
                 continue;
             }
-            float* s = few ? scores + t * wide : room<float>(1, wide);
+            float* s = few ? scores + t * wide : scratch<float>(1, wide);
             for (long i = from / 32; !few && i < (high[at] + 31) / 32; i++)
                 index_scores(mine + t * H * dim, heads + t * H, turned + i * 32 * w, H, dim, s + 32 * i);
-            top(s + from, n, K, out, room<uint32_t>(2, wide));
+            top(s + from, n, K, out, scratch<uint32_t>(2, wide));
             for (long i = 0; i < K; i++) out[i] += int32_t(from);
         }
     }
 }
 
+namespace {
+
 // One query: its heads q [groups * HEADS, d] against n rows. z and p hold a head's scores and shares in rows of `wide`, which
 // covers n in blocks of 32; rows behind n repeat the last.
-template <class S>
 struct Reader {
     const S* q;
     const S* const* rows;
@@ -174,8 +163,8 @@ struct Reader {
 
     // Scores of 32 rows with every head.
     void scores(long block) const {
-        const long w = words<S>(d);
-        uint32_t* turned = room<uint32_t>(0, 32 * w);
+        const long w = words(d);
+        uint32_t* turned = scratch<uint32_t>(0, 32 * w);
         for (int i = 0; i < 2; i++) turn((const uint32_t* const*)(rows + 32 * block + 16 * i), w, turned + 16 * i * w);
         for (long h = 0; h < H; h += HEADS) {
             vec dot[2 * HEADS];
@@ -207,9 +196,9 @@ struct Reader {
     }
     // Channels c .. c + columns - 1 of every head. Two rows at a time for bf16, whose products come in pairs.
     void values(long c) const {
-        Chunk<S>* v = room<Chunk<S>>(1, wide);
+        Chunk* v = scratch<Chunk>(1, wide);
         for (long i = 0; i < n; i += step) {
-            if constexpr (step == 1) v[i] = Chunk<S>::take(rows[i] + c);
+            if (step == 1) v[i] = Chunk::take(rows[i] + c);
             else {
                 typedef uint16_t half __attribute__((vector_size(64)));
                 half x, y;
@@ -226,13 +215,13 @@ struct Reader {
 #ifdef LANES_AVX2
             for (int part = 0; part < 2 * step; part++) {  // four heads with one of the chunks
                 const int from = part / step * 4, s = part % step;
-                __m256 t[8] = {};
+                vec8 t[8] = {};
                 for (long i = 0; i < n; i += step) {
                     const S* at = (const S*)&v[i + s];
-                    const Half<S> x = Half<S>::take(at), y = Half<S>::take(at + 8 * step);
+                    const Half x = Half::take(at), y = Half::take(at + 8 * step);
 #pragma GCC unroll 4
                     for (int j = 0; j < 4; j++) {
-                        const Half<S> share = Half<S>::pair(p + (h + from + j) * wide + i);
+                        const Half share = Half::pair(p + (h + from + j) * wide + i);
                         t[2 * j] = mad(t[2 * j], x, share), t[2 * j + 1] = mad(t[2 * j + 1], y, share);
                     }
                 }
@@ -242,9 +231,9 @@ struct Reader {
             for (long i = 0; i < n; i += step)
 #pragma GCC unroll 8
                 for (int j = 0; j < HEADS; j++) {
-                    Chunk<S> share = Chunk<S>::pair(p + (h + j) * wide + i);
+                    Chunk share = Chunk::pair(p + (h + j) * wide + i);
 #pragma GCC unroll 2
-                    for (int s = 0; s < step; s++) sum[j][s] = Chunk<S>::mad(sum[j][s], v[i + s], share);
+                    for (int s = 0; s < step; s++) sum[j][s] = Chunk::mad(sum[j][s], v[i + s], share);
                 }
 #endif
             for (int j = 0; j < HEADS; j++)
@@ -265,20 +254,21 @@ struct Reader {
     }
 };
 
+}  // namespace
+
 // out [B, T, H, d], H a multiple of HEADS. Near rows near_from <= r < near_to of near [B, N, d]; far rows: chosen [B, T, K] with
 // count, or (K = 0) all of far_low <= e < far_high. far: row b begins at far + b * far_stride.
-template <class S>
-void attend(const S* q, const S* near, const int32_t* near_from, const int32_t* near_to, const S* far, const int32_t* chosen,
+extern "C" void attend(const S* q, const S* near, const int32_t* near_from, const int32_t* near_to, const S* far, const int32_t* chosen,
             const int32_t* count, const int64_t* far_low, const int64_t* far_high, const float* sink, S* out, long B, long T, long H, long d,
             long N, long far_stride, long K, float scale) {
-    auto read = [=](long at, bool together) {  // one query, by this thread or by all
+    auto read = [=](long at, bool together) APART {  // one query, by this thread or by all
         const long b = at / T, near_n = near_to[at] - near_from[at];
         const long n = near_n + (far ? (K ? count[at] : far_high[at] - far_low[at]) : 0), wide = (n + 31) / 32 * 32;
-        const S** rows = room<const S*>(2, wide);
+        const S** rows = scratch<const S*>(2, wide);
         for (long i = 0; i < near_n; i++) rows[i] = near + (b * N + near_from[at] + i) * d;
         for (long i = near_n; i < n; i++) rows[i] = far + b * far_stride + (K ? chosen[at * K + i - near_n] : far_low[at] + i - near_n) * d;
         for (long i = n; i < wide; i++) rows[i] = rows[n - 1];
-        const Reader<S> r{q + at * H * d, rows, sink, room<float>(3, H * wide), room<S>(4, H * wide), out + at * H * d, n, wide, d, H, scale};
+        const Reader r{q + at * H * d, rows, sink, scratch<float>(3, H * wide), scratch<S>(4, H * wide), out + at * H * d, n, wide, d, H, scale};
         share(wide / 32, together, [&](long i) { r.scores(i); });
         share(H, together, [&](long h) { r.weigh(h); });
         share(d / r.columns, together, [&](long i) { r.values(i * r.columns); });
@@ -290,20 +280,3 @@ void attend(const S* q, const S* near, const int32_t* near_from, const int32_t* 
 #pragma omp parallel for schedule(dynamic, 8)
         for (long at = 0; at < B * T; at++) read(at, false);
 }
-
-}  // namespace
-
-#define EXPORT(S, suffix)                                                                                                               \
-    extern "C" void choose_##suffix(const S* q, const float* weight, const S* keys, const int64_t* low, const int64_t* high,            \
-                                    int32_t* chosen, int32_t* count, long B, long T, long E, long key_stride, long H, long dim, long K, \
-                                    uint32_t* turned, float* scores) {                                                                  \
-        choose(q, weight, keys, low, high, chosen, count, B, T, E, key_stride, H, dim, K, turned, scores);                              \
-    }                                                                                                                                   \
-    extern "C" void attend_##suffix(const S* q, const S* near, const int32_t* near_from, const int32_t* near_to, const S* far,          \
-                                    const int32_t* chosen, const int32_t* count, const int64_t* far_low, const int64_t* far_high,       \
-                                    const float* sink, S* out, long B, long T, long H, long d, long N, long far_stride, long K,         \
-                                    float scale) {                                                                                      \
-        attend(q, near, near_from, near_to, far, chosen, count, far_low, far_high, sink, out, B, T, H, d, N, far_stride, K, scale);     \
-    }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)

@@ -14,7 +14,7 @@ _HEADS = 8
 def usable(q: Tensor) -> bool:
     """No gradient wanted, float32 or bfloat16 on the CPU, even head dimension, and a compiled library."""
     kind = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] % 2 == 0
-    return kind and not torch.is_grad_enabled() and library() is not None
+    return kind and not torch.is_grad_enabled() and library(q.dtype) is not None
 
 
 def choose(q: Tensor, weights: Tensor, keys: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[Tensor, Tensor]:

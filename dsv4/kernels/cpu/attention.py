@@ -12,7 +12,7 @@ from dsv4.kernels.cpu.library import call, library, parallel, parts_of, run
 
 def usable(q: Tensor) -> bool:
     """float32 or bfloat16 on the CPU, and a compiled library."""
-    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and library() is not None
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and library(q.dtype) is not None
 
 
 def _products(q: Tensor, keys: Tensor | None) -> Tensor:

@@ -1,8 +1,7 @@
 // A compressor's pooling: per channel a softmax over the slots of an entry times their values, forward and backward. Sixteen
 // channels stay in registers while the slots pass by.
-#include <vector>
-
-#include "lanes.h"
+#include "share.h"
+#include "vec.h"
 
 namespace {
 
@@ -26,13 +25,13 @@ inline vec odds(const float* gate, long slots, long C, long c, long count, vec* 
 
 }  // namespace
 
-extern "C" void pool_forward_f32(const float* kv, const float* gate, float* out, long rows, long slots, long C) {
+extern "C" void pool_forward(const float* kv, const float* gate, float* out, long rows, long slots, long C) {
 #pragma omp parallel for if (rows * slots * C > 100000)
     for (long row = 0; row < rows; row++) {
-        std::vector<vec> e(slots);
+        vec* e = scratch<vec>(0, slots);
         for (long c = 0; c < C; c += 16) {
             const long count = std::min(C - c, 16L), at = row * slots * C;
-            vec total = odds(gate + at, slots, C, c, count, e.data()), value{};
+            vec total = odds(gate + at, slots, C, c, count, e), value{};
             for (long s = 0; s < slots; s++) value += e[s] * take(kv + at + s * C + c, count);
             put(out + row * C + c, value / total, count);
         }
@@ -40,13 +39,13 @@ extern "C" void pool_forward_f32(const float* kv, const float* gate, float* out,
 }
 
 // d value = p d, d gate = p (value - out) d
-extern "C" void pool_backward_f32(const float* d, const float* kv, const float* gate, float* dkv, float* dgate, long rows, long slots, long C) {
+extern "C" void pool_backward(const float* d, const float* kv, const float* gate, float* dkv, float* dgate, long rows, long slots, long C) {
 #pragma omp parallel for if (rows * slots * C > 100000)
     for (long row = 0; row < rows; row++) {
-        std::vector<vec> e(slots);
+        vec* e = scratch<vec>(0, slots);
         for (long c = 0; c < C; c += 16) {
             const long count = std::min(C - c, 16L), first = row * slots * C;
-            vec total = odds(gate + first, slots, C, c, count, e.data()), value{};
+            vec total = odds(gate + first, slots, C, c, count, e), value{};
             for (long s = 0; s < slots; s++) value += e[s] * take(kv + first + s * C + c, count);
             value /= total;
             vec share = take(d + row * C + c, count) / total;

@@ -20,7 +20,7 @@ class _Pool(torch.autograd.Function):
     def forward(ctx: Any, kv: Tensor, gate: Tensor) -> Tensor:
         kv, gate = kv.contiguous(), gate.contiguous()
         out = kv.new_empty(*kv.shape[:-2], kv.shape[-1])
-        call("pool_forward", kv.dtype, kv, gate, out, out.numel() // max(kv.shape[-1], 1), *kv.shape[-2:])
+        call("pool_forward", None, kv, gate, out, out.numel() // max(kv.shape[-1], 1), *kv.shape[-2:])
         ctx.save_for_backward(kv, gate)
         return out
 
@@ -28,7 +28,7 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         kv, gate = ctx.saved_tensors
         d, dkv, dgate = grads[0].contiguous(), torch.empty_like(kv), torch.empty_like(gate)
-        call("pool_backward", kv.dtype, d, kv, gate, dkv, dgate, d.numel() // max(kv.shape[-1], 1), *kv.shape[-2:])
+        call("pool_backward", None, d, kv, gate, dkv, dgate, d.numel() // max(kv.shape[-1], 1), *kv.shape[-2:])
         return dkv, dgate
 
 

@@ -13,7 +13,7 @@ from dsv4.kernels.cpu.library import call, library, parallel, parts_of, run
 def usable(streams: Tensor) -> bool:
     """4 streams of float32 or bfloat16 on the CPU, and a compiled library."""
     fits = streams.device.type == "cpu" and streams.shape[-2] == 4 and streams.dtype in (torch.float32, torch.bfloat16)
-    return fits and library() is not None
+    return fits and library(streams.dtype) is not None
 
 
 class _Enter(torch.autograd.Function):

@@ -27,16 +27,19 @@ from dsv4.kernels.cpu import isa
 
 _HERE = Path(__file__).parent
 _PROBE = _HERE / "isa.cpp"
-_FLAGS = "-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fopenmp -Wno-psabi".split()
+_FLAGS = "-O3 -std=c++14 -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fopenmp -Wno-psabi".split()
+# What each library holds: files whose rows are of one type, `-DBF16` or not, and files that know no types.
+_EITHER = ("attend", "experts", "linear", "mhc", "norm", "product", "rows", "softmax")
+_SOURCES = {None: ("compress", "route", "sample"), torch.float32: _EITHER, torch.bfloat16: (*_EITHER, "decode")}
 # Sums may be reassociated into vector lanes (infinities and NaN keep their meaning), but not in sources that spell
 # their own lanes: two functions that promise one order of addition would be free to differ.
 _REASSOCIATED = {"mhc", "norm", "softmax"}
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None: no compiler, a failed build, or DSV4_KERNELS=reference. ValueError where DSV4_ISA
-    asks for instructions that this processor does not have."""
+def library(dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
+    """The compiled kernels for rows of float32 or bfloat16, or those that know no types (None); or None: no compiler, a
+    failed build, or DSV4_KERNELS=reference. ValueError where DSV4_ISA asks for instructions that are not there."""
     log = logging.getLogger("dsv4.kernels")
     if os.environ.get("DSV4_KERNELS", "cpu") == "reference":
         return None
@@ -46,7 +49,7 @@ def library() -> ctypes.CDLL | None:
     try:
         chosen = isa.choose(levels())
         _share_threads()
-        return ctypes.CDLL(str(build(chosen)))
+        return ctypes.CDLL(str(build(chosen, dtype)))
     except subprocess.CalledProcessError as error:
         log.warning(
             "the C++ kernels did not compile, running the plain torch ones: %s", error.stderr.strip().splitlines()[0]
@@ -67,10 +70,11 @@ def levels() -> list[str]:
     return isa.available(ctypes.CDLL(str(_compiled("isa", [_PROBE], ()))))
 
 
-def build(level: str) -> Path:
-    """The library of one instruction set, compiled unless the cache holds it. CalledProcessError, OSError."""
-    sources = [path for path in sorted(_HERE.glob("*.cpp")) if path != _PROBE]
-    return _compiled(f"kernels-{level}", sources, isa.flags(level))
+def build(level: str, dtype: torch.dtype | None) -> Path:
+    """The library of one instruction set and type, compiled unless the cache holds it. CalledProcessError, OSError."""
+    kind = {None: "any", torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    flags = (*isa.flags(level), *(("-DBF16",) if dtype == torch.bfloat16 else ()))
+    return _compiled(f"kernels-{level}-{kind}", [_HERE / f"{name}.cpp" for name in _SOURCES[dtype]], flags)
 
 
 def _compiled(name: str, sources: list[Path], flags: tuple[str, ...]) -> Path:
@@ -138,9 +142,9 @@ def parts_of(rows: int, grain: int = 256) -> int:
     return max(1, min(torch.get_num_threads(), rows // grain))
 
 
-def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None) -> None:
-    """The C++ function ``name`` for float32 or bfloat16. Tensors go as addresses, int as long, float as float."""
-    function = getattr(library(), f"{name}_{'f32' if dtype == torch.float32 else 'bf16'}")
+def call(name: str, dtype: torch.dtype | None, *arguments: torch.Tensor | int | float | None) -> None:
+    """The C++ function ``name`` of `library(dtype)`. Tensors go as addresses, int as long, float as float."""
+    function = getattr(library(dtype), name)
     converted: list[object] = []
     for value in arguments:
         if isinstance(value, torch.Tensor):

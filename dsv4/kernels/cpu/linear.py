@@ -25,7 +25,7 @@ EXACT = os.environ.get("DSV4_EXACT", "0") not in ("", "0")
 
 def plain(x: Tensor, *weights: Tensor) -> bool:
     """No gradient wanted, one dtype of float32 or bfloat16 on the CPU, contiguous weights and a compiled library."""
-    if library() is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or library(x.dtype) is None:
         return False
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return not wanted and x.numel() > 0 and all(w.dtype == x.dtype and w.is_contiguous() for w in weights)
@@ -44,10 +44,10 @@ def many(x: Tensor) -> bool:
 @cache
 def _torch_multiplies() -> bool:
     """Whether torch's bfloat16 product is worth waiting for: without AVX-512 it reaches a fifth of ours."""
-    return platform.machine() not in ("x86_64", "AMD64") or library() is None or "avx512" in levels()
+    return platform.machine() not in ("x86_64", "AMD64") or "avx512" in levels()
 
 
-def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; float32 when ``wide``."""
     return grouped_linear(x.unsqueeze(-2), weight, wide).squeeze(-2)
 
@@ -56,15 +56,11 @@ def grouped_linear(x: Tensor, weight: Tensor | Packed, wide: bool = False) -> Te
     """x [..., G, in], weight [G * out, in] -> [..., G, out]. A packed weight here does not round x."""
     x = x.contiguous()
     groups, width, out = *x.shape[-2:], weight.shape[0] // x.shape[-2]
-    if isinstance(weight, Packed):
-        y = x.new_empty(*x.shape[:-1], out)
-        sizes = (x.numel() // (groups * width), out, width, groups)
-        call(f"linear_{_name(weight)}", x.dtype, x, weight.elements, powers(weight), y, *sizes)
-        return y
     wide = wide and x.dtype != torch.float32
     y = torch.empty(*x.shape[:-1], out, dtype=torch.float32 if wide else x.dtype)
-    name = "linear_wide" if wide else "linear"
-    call(name, x.dtype, x, weight, 0, y, x.numel() // (groups * width), out, width, groups)
+    stored = (weight.elements, powers(weight)) if isinstance(weight, Packed) else (weight, None)
+    sizes = (x.numel() // (groups * width), out, width, groups)
+    call("linear_wide" if wide else "linear", x.dtype, x, _bits(weight), *stored, y, *sizes)
     return y
 
 
@@ -73,7 +69,7 @@ def routed_experts(
 ) -> Tensor:
     """See the reference of the same name; here a token adds its experts in the order of their numbers."""
     table = _places(w1, w2, w3, w1[:, :0], w2[:, :0], w3[:, :0])
-    return _experts("experts", x, experts, weights, table, w1.shape[1], limit)
+    return _experts(x, experts, weights, table, _bits(w1), w1.shape[1], limit)
 
 
 def _places(*stacks: Tensor) -> Tensor:
@@ -98,7 +94,7 @@ def _kept(w1: Packed, w2: Packed, w3: Packed) -> Tensor:
 def packed_expert(x: Tensor, w1: Packed, w2: Packed, w3: Packed, limit: float) -> Tensor:
     """Every row x [N, D] through one expert with weight 1, as `packed_experts` does: float32 [N, D]."""
     owner, ones = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
-    return _experts(f"experts_{_name(w1)}", x, owner, ones, _kept(w1, w2, w3), w1.shape[0], limit)
+    return _experts(x, owner, ones, _kept(w1, w2, w3), _bits(w1), w1.shape[0], limit)
 
 
 def mixture(
@@ -108,7 +104,7 @@ def mixture(
     x, experts, weights, out = x.contiguous(), experts.contiguous(), weights.contiguous(), torch.empty_like(x)
     sizes = (*experts.shape, len(routed[0].elements), x.shape[-1], routed[0].shape[1], shared[0].shape[0])
     tables = _kept(*routed), _kept(*shared)
-    call(f"mixture_{_name(routed[0])}", x.dtype, x, weights, experts, *tables, out, *sizes, limit)
+    call("mixture", x.dtype, x, _bits(routed[0]), weights, experts, *tables, out, *sizes, limit)
     return out
 
 
@@ -121,13 +117,14 @@ def project(x: Tensor, values: Tensor, gates: Tensor, ape: Tensor, position: Ten
 
 
 def _experts(
-    name: str, x: Tensor, experts: Tensor, weights: Tensor, table: Tensor, inner: int, limit: float,
+    x: Tensor, experts: Tensor, weights: Tensor, table: Tensor, bits: int, inner: int, limit: float,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     rows, choices = experts.shape
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
     out = torch.zeros(rows, x.shape[-1]) if out is None else out
-    call(name, x.dtype, x, weights, experts, table, out, rows, choices, len(table), x.shape[-1], inner, limit)
+    sizes = (rows, choices, len(table), x.shape[-1], inner)
+    call("experts", x.dtype, x, bits, weights, experts, table, out, *sizes, limit)
     return out
 
 
@@ -135,7 +132,7 @@ def packed_usable(x: Tensor, weight: Packed, *others: Packed) -> bool:
     """Rows of a multiple of 32 elements, scales that are powers of two, no gradient, a CPU and a compiled library."""
     kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
     fits = all(w.shape[-1] % 32 == 0 and powers(w) is not None for w in (weight, *others))
-    return kind and fits and not (torch.is_grad_enabled() and x.requires_grad) and library() is not None
+    return kind and fits and not (torch.is_grad_enabled() and x.requires_grad) and library(torch.bfloat16) is not None
 
 
 def powers(weight: Packed) -> Tensor | None:
@@ -151,16 +148,17 @@ def powers(weight: Packed) -> Tensor | None:
     return found
 
 
-def _name(weight: Packed) -> str:
-    return "fp4" if weight.form.per_byte == 2 else "fp8"
+def _bits(weight: Tensor | Packed) -> int:
+    """Bits of an element: how the C++ tells kinds of weights apart."""
+    return 8 // weight.form.per_byte if isinstance(weight, Packed) else 8 * weight.element_size()
 
 
 def rounded(x: Tensor) -> Tensor:
     """x [..., in] in E4M3 blocks of 128 channels, as bf16 (exact): `numerics.rounded(x, ACTIVATION)`."""
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=torch.bfloat16)
+    out = torch.empty_like(x)
     call("round_rows", x.dtype, x, out, x.numel() // x.shape[-1], x.shape[-1])
-    return out
+    return out.bfloat16()
 
 
 def packed_linear(x: Tensor, weight: Packed) -> Tensor:
@@ -168,8 +166,10 @@ def packed_linear(x: Tensor, weight: Packed) -> Tensor:
     (out, width), rows = weight.shape, x.numel() // x.shape[-1]
     if worth_a_copy(x):
         return F.linear(rounded(x), expanded(weight))
+    if x.dtype == torch.float32:
+        return linear(rounded(x), weight, wide=True)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
-    call(f"rounded_linear_{_name(weight)}", x.dtype, x, weight.elements, powers(weight), y, rows, out, width)
+    call("rounded_linear", x.dtype, x, _bits(weight), weight.elements, powers(weight), y, rows, out, width)
     return y
 
 
@@ -181,7 +181,7 @@ def worth_a_copy(x: Tensor) -> bool:
 def expanded(weight: Packed) -> Tensor:
     """The exact values of a matrix in bf16 [out, in]."""
     values = torch.empty(weight.shape, dtype=torch.bfloat16)
-    call(f"expand_{_name(weight)}", values.dtype, weight.elements, powers(weight), values, *weight.shape)
+    call("expand", values.dtype, _bits(weight), weight.elements, powers(weight), values, *weight.shape)
     return values
 
 
@@ -189,7 +189,7 @@ def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any
     """See `numerics.packed_experts`. A streamed stack is asked for the chosen experts alone, at most ``w1.room`` at a
     time, half of them being read while the others work; in rising order, so that the sums are those of one call."""
     if isinstance(w1, Packed):
-        return _experts(f"experts_{_name(w1)}", x, experts, weights, _kept(w1, w2, w3), w1.shape[1], limit)
+        return _experts(x, experts, weights, _kept(w1, w2, w3), _bits(w1), w1.shape[1], limit)
     out = torch.zeros(*x.shape)
     used = experts.unique().tolist()
     size = len(used) if len(used) <= w1.room else max(w1.room // 2, 1)
@@ -202,5 +202,5 @@ def packed_experts(x: Tensor, experts: Tensor, weights: Tensor, w1: Any, w2: Any
             held.append([*(w.elements for w in one), *(p for w in one if (p := powers(w)) is not None)])
             table[e] = torch.tensor([t.data_ptr() for t in held[-1]])
         w1.ask(following)
-        _experts(f"experts_{_name(one[0])}", x, experts, weights, table, w1.shape[1], limit, out)
+        _experts(x, experts, weights, table, _bits(one[0]), w1.shape[1], limit, out)
     return out

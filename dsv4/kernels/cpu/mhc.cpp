@@ -3,7 +3,8 @@
 // accumulators, so results do not depend on timing.
 #include <vector>
 
-#include "lanes.h"
+#include "scalar.h"
+#include "vec.h"
 
 namespace {
 
@@ -15,7 +16,7 @@ struct Sinkhorn {
     float c[16][lanes];
     std::vector<float> sums;  // [2 iterations - 1][4][lanes]
 
-    void forward(const float (*logits)[lanes], int iterations, float eps) {
+    APART void forward(const float (*logits)[lanes], int iterations, float eps) {
         sums.resize(size_t(2 * iterations - 1) * 4 * lanes);
         for (int j = 0; j < 4; j++)
             for (int t = 0; t < lanes; t++) {
@@ -37,7 +38,7 @@ struct Sinkhorn {
     }
 
     // d: gradient of c on entry, of the logits on return. Overwrites c.
-    void backward(float (*d)[lanes], int iterations, float eps) {
+    APART void backward(float (*d)[lanes], int iterations, float eps) {
         for (int step = 2 * iterations - 2; step >= 0; step--)
             for (int i = 0; i < 4; i++) {
                 int first = step % 2 ? 4 * i : i, stride = step % 2 ? 1 : 4;
@@ -88,11 +89,12 @@ APART void map_dots(const float* f, const float* v, long P, long M, float* dots)
     for (int t = 0; t < R; t++) dots[t] = total(sum[t][0] + sum[t][1]);
 }
 
-template <class S>
-void enter_forward(const S* X, const float* fn, const float* base, const float* scale, S* x, float* pre, float* post, float* comb,
+}  // namespace
+
+extern "C" void enter_forward(const S* X, const float* fn, const float* base, const float* scale, S* x, float* pre, float* post, float* comb,
                    float* u, float* r, long begin, long end, long D, int iterations, float rms_eps, float eps) {
     long M = n * D, P = M + pad;
-    std::vector<float> buffer(size_t(std::min<long>(group, end - begin)) * P);
+    std::vector<float> buffer(size_t(end - begin > 1 ? group : 1) * P);
     Sinkhorn sinkhorn;
     float logits[16][lanes] = {};
     for (long block = begin; block < end; block += lanes) {
@@ -112,7 +114,7 @@ void enter_forward(const S* X, const float* fn, const float* base, const float* 
             }
             for (int i = 0; i < maps; i++) {
                 float dots[group];
-                (rows == 4 ? map_dots<4> : rows == 3 ? map_dots<3> : rows == 2 ? map_dots<2> : map_dots<1>)(fn + i * M, v, P, M, dots);
+                (rows > 1 ? map_dots<group> : map_dots<1>)(fn + i * M, v, P, M, dots);  // missing ones are computed and left
                 for (int t = 0; t < rows; t++) u[(first + t) * maps + i] = dots[t] * r[first + t];
             }
             for (int t = 0; t < rows; t++) {
@@ -135,6 +137,8 @@ void enter_forward(const S* X, const float* fn, const float* base, const float* 
     }
 }
 
+namespace {
+
 // One row of fn against four tokens: their share of the input's gradient, and the row's own gradient.
 void row_backward(const float* __restrict f, float* __restrict df, float* __restrict d0, float* __restrict d1, float* __restrict d2,
                   float* __restrict d3, const float* __restrict v0, const float* __restrict v1, const float* __restrict v2,
@@ -150,8 +154,9 @@ void row_backward(const float* __restrict f, float* __restrict df, float* __rest
     }
 }
 
-template <class S>
-void enter_backward(const S* dx, const float* dpost, const float* dcomb, const S* X, const float* fn, const float* base, const float* scale,
+}  // namespace
+
+extern "C" void enter_backward(const S* dx, const float* dpost, const float* dcomb, const S* X, const float* fn, const float* base, const float* scale,
                     const float* pre, const float* post, const float* u, const float* r, S* dX, float* dfn, float* dbase, float* dscale,
                     long begin, long end, long D, int iterations, float eps) {
     long M = n * D, P = M + pad;
@@ -217,8 +222,7 @@ void enter_backward(const S* dx, const float* dpost, const float* dcomb, const S
     }
 }
 
-template <class S>
-void leave_forward(const S* X, const S* y, const float* post, const float* comb, S* out, long begin, long end, long D) {
+extern "C" void leave_forward(const S* X, const S* y, const float* post, const float* comb, S* out, long begin, long end, long D) {
     for (long t = begin; t < end; t++) {
         const S *x = X + t * n * D, *yt = y + t * D;
         const float *p = post + t * n, *c = comb + t * 16;
@@ -231,8 +235,7 @@ void leave_forward(const S* X, const S* y, const float* post, const float* comb,
     }
 }
 
-template <class S>
-void leave_backward(const S* dout, const S* X, const S* y, const float* post, const float* comb, S* dX, S* dy, float* dpost, float* dcomb,
+extern "C" void leave_backward(const S* dout, const S* X, const S* y, const float* post, const float* comb, S* dX, S* dy, float* dpost, float* dcomb,
                     long begin, long end, long D) {
     for (long t = begin; t < end; t++) {
         const S *x = X + t * n * D, *yt = y + t * D, *g = dout + t * n * D;
@@ -261,28 +264,3 @@ void leave_backward(const S* dout, const S* X, const S* y, const float* post, co
         }
     }
 }
-
-}  // namespace
-
-#define EXPORT(S, suffix)                                                                                                                       \
-    extern "C" void enter_forward_##suffix(const S* X, const float* fn, const float* base, const float* scale, S* x, float* pre, float* post,     \
-                                           float* comb, float* u, float* r, long begin, long end, long D, int iterations, float rms_eps,          \
-                                           float eps) {                                                                                         \
-        enter_forward(X, fn, base, scale, x, pre, post, comb, u, r, begin, end, D, iterations, rms_eps, eps);                                     \
-    }                                                                                                                                           \
-    extern "C" void enter_backward_##suffix(const S* dx, const float* dpost, const float* dcomb, const S* X, const float* fn,                     \
-                                            const float* base, const float* scale, const float* pre, const float* post, const float* u,          \
-                                            const float* r, S* dX, float* dfn, float* dbase, float* dscale, long begin, long end, long D,         \
-                                            int iterations, float eps) {                                                                         \
-        enter_backward(dx, dpost, dcomb, X, fn, base, scale, pre, post, u, r, dX, dfn, dbase, dscale, begin, end, D, iterations, eps);            \
-    }                                                                                                                                           \
-    extern "C" void leave_forward_##suffix(const S* X, const S* y, const float* post, const float* comb, S* out, long begin, long end,            \
-                                           long D) {                                                                                            \
-        leave_forward(X, y, post, comb, out, begin, end, D);                                                                                      \
-    }                                                                                                                                           \
-    extern "C" void leave_backward_##suffix(const S* dout, const S* X, const S* y, const float* post, const float* comb, S* dX, S* dy,            \
-                                            float* dpost, float* dcomb, long begin, long end, long D) {                                          \
-        leave_backward(dout, X, y, post, comb, dX, dy, dpost, dcomb, begin, end, D);                                                              \
-    }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)

@@ -4,9 +4,8 @@
 
 #include "scalar.h"
 
-namespace {
+extern "C" {
 
-template <class S>
 void norm_forward(const S* __restrict x, const float* __restrict w, S* __restrict y, float* __restrict r, long begin, long end, long C, float eps) {
     for (long row = begin; row < end; row++) {
         const S* xr = x + row * C;
@@ -23,7 +22,6 @@ void norm_forward(const S* __restrict x, const float* __restrict w, S* __restric
 }
 
 // dx = r (dy w) - x r^3 / C sum(dy w x); dw += dy x r
-template <class S>
 void norm_backward(const S* __restrict dy, const S* __restrict x, const float* __restrict w, const float* __restrict r, S* __restrict dx,
                    float* __restrict dw, long begin, long end, long C) {
     for (long row = begin; row < end; row++) {
@@ -47,7 +45,6 @@ void norm_backward(const S* __restrict dy, const S* __restrict x, const float* _
 }
 
 // angles [rows / repeat, R] as (cos, sin) pairs; sign -1 turns back. The last 2 R of C channels turn, the others are copied.
-template <class S>
 void turn(const S* __restrict x, const float* __restrict angles, S* __restrict y, long begin, long end, long C, long R, long repeat, float sign) {
     for (long row = begin; row < end; row++) {
         const S* xr = x + row * C;
@@ -64,18 +61,4 @@ void turn(const S* __restrict x, const float* __restrict angles, S* __restrict y
     }
 }
 
-}  // namespace
-
-#define EXPORT(S, suffix)                                                                                                                 \
-    extern "C" void norm_forward_##suffix(const S* x, const float* w, S* y, float* r, long begin, long end, long C, float eps) {            \
-        norm_forward(x, w, y, r, begin, end, C, eps);                                                                                      \
-    }                                                                                                                                     \
-    extern "C" void norm_backward_##suffix(const S* dy, const S* x, const float* w, const float* r, S* dx, float* dw, long begin,           \
-                                           long end, long C) {                                                                            \
-        norm_backward(dy, x, w, r, dx, dw, begin, end, C);                                                                                 \
-    }                                                                                                                                     \
-    extern "C" void turn_##suffix(const S* x, const float* angles, S* y, long begin, long end, long C, long R, long repeat, float sign) {   \
-        turn(x, angles, y, begin, end, C, R, repeat, sign);                                                                                \
-    }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+}

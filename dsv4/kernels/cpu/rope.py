@@ -12,7 +12,8 @@ from dsv4.kernels.cpu.library import call, library, parallel, parts_of, run
 
 def usable(x: Tensor) -> bool:
     """float32 or bfloat16 on the CPU, and a compiled library."""
-    return library() is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return kind and library(x.dtype) is not None
 
 
 class _Norm(torch.autograd.Function):

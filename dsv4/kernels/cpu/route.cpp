@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstdint>
 
-extern "C" void route_f32(const float* logits, const float* bias, float* scores, int64_t* experts, float* weights, long M, long E, long K,
+extern "C" void route(const float* logits, const float* bias, float* scores, int64_t* experts, float* weights, long M, long E, long K,
                           float factor) {
 #pragma omp parallel for if (M * E > 20000)
     for (long m = 0; m < M; m++) {

@@ -22,5 +22,5 @@ def route(
     scores, weights = torch.empty_like(logits), torch.empty(rows, k)
     experts = torch.empty(rows, k, dtype=torch.int64) if fixed is None else fixed.contiguous()
     bias = None if bias is None else bias.float().contiguous()  # a model may have been cast as a whole
-    call("route", logits.dtype, logits, bias, scores, experts, weights, rows, count, k, factor)
+    call("route", None, logits, bias, scores, experts, weights, rows, count, k, factor)
     return experts, weights, scores

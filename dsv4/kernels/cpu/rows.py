@@ -12,7 +12,7 @@ from dsv4.numerics import INDEX_ROW
 def usable(x: Tensor) -> bool:
     """float32 or bfloat16 on the CPU, no gradient wanted, and a compiled library."""
     kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
-    return kind and not (torch.is_grad_enabled() and x.requires_grad) and library() is not None
+    return kind and not (torch.is_grad_enabled() and x.requires_grad) and library(x.dtype) is not None
 
 
 def kv_row(x: Tensor, rope: int) -> Tensor:

@@ -8,7 +8,7 @@ namespace {
 
 struct Token { double odds; int64_t id; };
 
-int64_t sample(const float* logits, long V, double temperature, double top_p, double draw) {
+int64_t drawn(const float* logits, long V, double temperature, double top_p, double draw) {
     const long best = std::max_element(logits, logits + V) - logits;  // the first of equals
     if (temperature == 0) return best;
     std::vector<Token> tokens(V);
@@ -46,7 +46,7 @@ int64_t sample(const float* logits, long V, double temperature, double top_p, do
 
 }  // namespace
 
-extern "C" void sample_f32(const float* logits, const double* temperature, const double* top_p, const double* draw, int64_t* out, long B, long V) {
+extern "C" void sample(const float* logits, const double* temperature, const double* top_p, const double* draw, int64_t* out, long B, long V) {
 #pragma omp parallel for if (B > 1)
-    for (long b = 0; b < B; b++) out[b] = sample(logits + b * V, V, temperature[b], top_p[b], draw[b]);
+    for (long b = 0; b < B; b++) out[b] = drawn(logits + b * V, V, temperature[b], top_p[b], draw[b]);
 }

@@ -18,5 +18,5 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) -> 
     logits = logits.contiguous()
     out = torch.empty(len(logits), dtype=torch.int64)
     numbers = (t.to("cpu", torch.float64).contiguous() for t in (temperature, top_p, draw))
-    call("sample", logits.dtype, logits, *numbers, out, *logits.shape)
+    call("sample", None, logits, *numbers, out, *logits.shape)
     return out

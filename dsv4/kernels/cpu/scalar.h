@@ -1,8 +1,13 @@
-// float and bf16 (ties to even) behind one pair of names, so that a kernel is written once.
+// float and bf16 (ties to even) behind one pair of names. A file is compiled for each of them: `S` is what its rows hold.
 #pragma once
 #include <cstdint>
 
 struct bf16 { uint16_t bits; };
+#ifdef BF16
+typedef bf16 S;
+#else
+typedef float S;
+#endif
 inline float load(const float* p, long i) { return p[i]; }
 inline float load(const bf16* p, long i) {
     uint32_t u = uint32_t(p[i].bits) << 16;

@@ -5,13 +5,38 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <vector>
+
+// A function that lives as long as the call it is handed to.
+template <class F> class Ref;
+template <class R, class... A>
+class Ref<R(A...)> {
+    const void* what;
+    R (*how)(const void*, A...);
+
+   public:
+    template <class F> Ref(const F& f) : what(&f), how([](const void* what, A... a) -> R { return (*(const F*)what)(a...); }) {}
+    R operator()(A... a) const { return how(what, a...); }
+};
+
+namespace {
+
+// Scratch of a thread: 64-byte aligned, grown and never given back. Each file has its own.
+template <class T>
+T* scratch(int which, long count) {
+    static thread_local std::vector<float> hold[5];
+    size_t need = count * sizeof(T) / 4 + 32;
+    if (hold[which].size() < need) hold[which].resize(need);
+    return (T*)((uintptr_t(hold[which].data()) + 63) & ~uintptr_t(63));
+}
+
+}  // namespace
 
 // How many pieces to make where `most` would do: enough for whoever is slow to be helped.
 inline long pieces_of(long most) { return std::max<long>(1, std::min<long>(most, 8 * omp_get_max_threads())); }
 
-template <class F>
-inline void share(long pieces, bool worth, F work) {
+inline void share(long pieces, bool worth, Ref<void(long)> work) {
     if (!worth || pieces < 2) {
         for (long i = 0; i < pieces; i++) work(i);
         return;

@@ -25,7 +25,6 @@ inline float fast_exp(float x) {
     return p * scale;
 }
 
-template <class S>
 float top_of(const S* __restrict z, const uint8_t* __restrict mask, float* __restrict buffer, long count, float scale, float top) {
     for (long i = 0; i < count; i++) {
         float value = mask[i] ? load(z, i) * scale : -INFINITY;
@@ -45,26 +44,26 @@ inline float exp_sum(float* __restrict buffer, const uint8_t* __restrict mask, l
     return total;
 }
 
-template <class S>
 void write(S* __restrict z, const float* __restrict buffer, long count, float inverse) {
     for (long i = 0; i < count; i++) store(z, i, buffer[i] * inverse);
 }
 
-template <class S>
 float inner(const S* __restrict p, const S* __restrict d, long count) {
     float total = 0;
     for (long i = 0; i < count; i++) total += load(p, i) * load(d, i);
     return total;
 }
 
-template <class S>
 void slope(const S* __restrict p, S* __restrict d, long count, float shared, float scale) {
     for (long i = 0; i < count; i++) store(d, i, load(p, i) * (load(d, i) - shared) * scale);
 }
 
+}  // namespace
+
+extern "C" {
+
 // Masks have one row per token, shared by its heads; they repeat after ``period`` tokens (one batch row's masks may serve all).
-template <class S>
-void forward(S* near, S* far, const uint8_t* near_mask, const uint8_t* far_mask, const float* sink, float* p_sink, float* buffer, long begin,
+void softmax_forward(S* near, S* far, const uint8_t* near_mask, const uint8_t* far_mask, const float* sink, float* p_sink, float* buffer, long begin,
              long end, long heads, long near_n, long far_n, long near_period, long far_period, float scale) {
     for (long row = begin; row < end; row++) {
         long token = row / heads;
@@ -83,8 +82,7 @@ void forward(S* near, S* far, const uint8_t* near_mask, const uint8_t* far_mask,
 }
 
 // d_near, d_far: gradients of the probabilities on entry, of the unscaled scores on return.
-template <class S>
-void backward(const S* near, const S* far, S* d_near, S* d_far, const float* p_sink, float* d_sink, long begin, long end, long heads,
+void softmax_backward(const S* near, const S* far, S* d_near, S* d_far, const float* p_sink, float* d_sink, long begin, long end, long heads,
               long near_n, long far_n, float scale) {
     for (long row = begin; row < end; row++) {
         const S *pn = near + row * near_n, *pf = far + row * far_n;
@@ -96,17 +94,4 @@ void backward(const S* near, const S* far, S* d_near, S* d_far, const float* p_s
     }
 }
 
-}  // namespace
-
-#define EXPORT(S, suffix)                                                                                                                    \
-    extern "C" void softmax_forward_##suffix(S* near, S* far, const uint8_t* near_mask, const uint8_t* far_mask, const float* sink,            \
-                                             float* p_sink, float* buffer, long begin, long end, long heads, long near_n, long far_n,          \
-                                             long near_period, long far_period, float scale) {                                                \
-        forward(near, far, near_mask, far_mask, sink, p_sink, buffer, begin, end, heads, near_n, far_n, near_period, far_period, scale);       \
-    }                                                                                                                                        \
-    extern "C" void softmax_backward_##suffix(const S* near, const S* far, S* d_near, S* d_far, const float* p_sink, float* d_sink,            \
-                                              long begin, long end, long heads, long near_n, long far_n, float scale) {                       \
-        backward(near, far, d_near, d_far, p_sink, d_sink, begin, end, heads, near_n, far_n, scale);                                           \
-    }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+}

@@ -6,7 +6,9 @@
 #pragma once
 #include "weights.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if !defined(BF16)
+// float has no tiles
+#elif defined(__AMX_BF16__) && defined(__AMX_TILE__)
 #include <immintrin.h>
 #define TILES 1
 #define TILE_ZERO(t) _tile_zero(t)

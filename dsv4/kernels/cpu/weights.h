@@ -3,24 +3,49 @@
 //
 // pack<R>(n, end, out): rows n .. n+R-1 (not beyond end - 1), packed as `pack_rows` does. dots(a, n, end): a . w[n .. n+15].
 // Where many rows of x meet the weight: group(n, end, out) packs 4 rows into `room(K)` elements, dots4x4(a, b, K) multiplies.
-// A weight whose `ordered` is true wants x in another order of its channels: order(x, out, K).
+// seen(x, room, K): a row of x in the order that the weight wants, `x` itself or written to `room`.
 #pragma once
 #include "lanes.h"
+
+struct Plain {
+    const S* w;
+    long K;
+    Plain(const void* elements, const void*, long K) : w((const S*)elements), K(K) {}
+    template <long R> APART void pack(long n, long end, S* out) const {
+        const S* rows[R];
+        for (int c = 0; c < R; c++) rows[c] = w + std::min(n + c, end - 1) * K;
+        pack_rows<R>(rows, out, K);
+    }
+    vec dots(const S* a, long n, long end) const {
+        const S* rows[16];
+        for (int c = 0; c < 16; c++) rows[c] = w + std::min(n + c, end - 1) * K;
+        return ::dots(a, rows, K);
+    }
+    static const S* seen(const S* x, S*, long) { return x; }
+    static long room(long K) { return 4 * chunks(K) * Chunk::step; }
+    void group(long n, long end, S* out) const { pack<4>(n, end, out); }
+    static vec dots4x4(const S* a, const S* b, long K) { return ::dots4x4(a, b, room(K)); }
+};
+
+#ifdef BF16
+#if defined(LANES_AVX512) || defined(LANES_AVX2)
+#include <immintrin.h>
+#endif
 
 #ifdef LANES_AVX2
 // 32 packed elements as float: the high and the low ones of lanes 0 to 7, then of lanes 8 to 15 (`Half<bf16>`).
 struct Wide {
     __m256 v[4];
-    static Wide of(const Chunk<bf16>& c) {
+    static Wide of(const Chunk& c) {
         Wide w;
         for (int h = 0; h < 2; h++) {
-            const Half<bf16> x = Half<bf16>::take((const bf16*)&c + 16 * h);
+            const Half x = Half::take((const bf16*)&c + 16 * h);
             w.v[2 * h] = x.v[0], w.v[2 * h + 1] = x.v[1];
         }
         return w;
     }
-    Chunk<bf16> chunk() const {  // its numbers are exact in bf16
-        Chunk<bf16> c;
+    Chunk chunk() const {  // its numbers are exact in bf16
+        Chunk c;
         for (int h = 0; h < 2; h++) {
             const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(v[2 * h + 1]), 16);
             _mm256_storeu_si256((__m256i*)&c + h, _mm256_or_si256(_mm256_castps_si256(v[2 * h]), low));
@@ -36,7 +61,7 @@ APART vec wide_dots(const bf16* a, const uint8_t* const* p, long K, long bytes, 
     for (int c = 0; c < 16; c += 4) {
         __m256 s[8] = {};
         for (long b = 0; b < K >> 5; b++) {
-            const Wide x = Wide::of(Chunk<bf16>::take(a + 32 * b));
+            const Wide x = Wide::of(Chunk::take(a + 32 * b));
             if ((b * bytes & 63) == 0)  // a row is too short for the processor to foresee the next four
                 for (int r = 0; r < 4; r++) __builtin_prefetch(p[c + r] + bytes * (b + (K >> 3)), 0, 2);
 #pragma GCC unroll 4
@@ -62,28 +87,6 @@ inline __m256 power(int exponent) { return _mm256_castsi256_ps(_mm256_set1_epi32
 
 // Fetches what the next 16 rows hold at this place: 16 streams at once are too many for the processor to foresee.
 inline void ahead(const void* p, long row) { __builtin_prefetch((const char*)p + 16 * row, 0, 2); }
-
-template <class S>
-struct Plain {
-    typedef S X;
-    const S* w;
-    long K;
-    Plain(const void* elements, const void*, long K) : w((const S*)elements), K(K) {}
-    template <long R> APART void pack(long n, long end, S* out) const {
-        const S* rows[R];
-        for (int c = 0; c < R; c++) rows[c] = w + std::min(n + c, end - 1) * K;
-        pack_rows<R>(rows, out, K);
-    }
-    vec dots(const S* a, long n, long end) const {
-        const S* rows[16];
-        for (int c = 0; c < 16; c++) rows[c] = w + std::min(n + c, end - 1) * K;
-        return ::dots(a, rows, K);
-    }
-    static constexpr bool ordered = false;
-    static long room(long K) { return 4 * chunks<S>(K) * Chunk<S>::step; }
-    void group(long n, long end, S* out) const { pack<4>(n, end, out); }
-    static vec dots4x4(const S* a, const S* b, long K) { return ::dots4x4(a, b, room(K)); }
-};
 
 // value 2^(s - 127) in bf16, rounded where that is too small for it
 inline uint16_t slow_bf16(float value, int s) {
@@ -113,11 +116,10 @@ struct Tables {
         }
     }
 };
-inline const Tables tables;
+static const Tables tables;
 
 // Rows of MXFP4: two elements a byte, the low half first; a scale for every 32.
 struct Fp4 {
-    typedef bf16 X;
     const uint8_t *w, *scale;
     long K;
     Fp4(const void* elements, const void* scale, long K) : w((const uint8_t*)elements), scale((const uint8_t*)scale), K(K) {}
@@ -134,8 +136,8 @@ struct Fp4 {
                  _mm256_mul_ps(_mm256_cvtph_ps(_mm_unpackhi_epi8(zero, odd)), size), _mm256_mul_ps(_mm256_cvtph_ps(_mm_unpackhi_epi8(zero, even)), size)}};
     }
 #endif
-    static Chunk<bf16> take(const uint8_t* p, int s) {
-        Chunk<bf16> c;
+    static Chunk take(const uint8_t* p, int s) {
+        Chunk c;
 #ifdef LANES_AVX512
         // A byte in every four; its low half to the first word, its high half to the second. The table looks at five bits of a
         // word and holds the codes twice, so the neighbour's bit that comes along does not matter.
@@ -156,7 +158,7 @@ struct Fp4 {
         for (long b = 0; b < K >> 5; b++)
             for (int r = 0; r < R; r++, out += 32) {
                 long row = std::min(n + r, end - 1);
-                Chunk<bf16> c = take(w + (row * K >> 1) + 16 * b, scale[row * (K >> 5) + b]);
+                Chunk c = take(w + (row * K >> 1) + 16 * b, scale[row * (K >> 5) + b]);
                 memcpy((void*)out, &c, 64);
             }
     }
@@ -164,8 +166,7 @@ struct Fp4 {
     // 128 elements, a cache line of a row, at a time: four looks into one table of 16 codes give the elements 4 w, 4 w + 1, 4 w + 2
     // and 4 w + 3 of w = 0 .. 31. A lane then holds elements of one block of 32, whose scale multiplies the lane's sum of eight
     // products. x comes in the same order. What is left beyond 128s goes block by block.
-    static constexpr bool ordered = true;
-    static Chunk<bf16> quarter(__m512i bytes, __m512i codes, int i) {
+    static Chunk quarter(__m512i bytes, __m512i codes, int i) {
         return {(bits)_mm512_permutexvar_epi16(i ? _mm512_srli_epi16(bytes, 4 * i) : bytes, codes)};  // five bits: codes lie there twice
     }
     static vec scales(const uint8_t* s) {  // four powers of two, each to four lanes
@@ -175,7 +176,7 @@ struct Fp4 {
                                                 0x0180808001808080, 0x0180808001808080, 0x0080808000808080, 0x0080808000808080);
         return (vec)_mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(int(four)), spread), 1);
     }
-    static void order(const bf16* x, bf16* out, long K) {
+    static const bf16* seen(const bf16* x, bf16* out, long K) {
         const __m512i quarters = _mm512_set_epi16(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2, 29, 25, 21, 17, 13, 9, 5, 1,
                                                   28, 24, 20, 16, 12, 8, 4, 0);
         long k = 0;
@@ -192,6 +193,7 @@ struct Fp4 {
             }
         }
         memcpy((void*)(out + k), x + k, (K - k) * 2);
+        return out;
     }
     APART vec dots(const bf16* a, long n, long end) const {
         const uint8_t *p[16], *s[16];
@@ -203,9 +205,9 @@ struct Fp4 {
         vec sum[16] = {};
         long b = 0;
         for (; b + 4 <= K >> 5; b += 4) {
-            Chunk<bf16> x[4];
+            Chunk x[4];
             for (int i = 0; i < 4; i++) {
-                x[i] = Chunk<bf16>::take(a + 32 * (b + i));
+                x[i] = Chunk::take(a + 32 * (b + i));
                 KEEP(x[i].v);
             }
 #pragma GCC unroll 16
@@ -214,13 +216,13 @@ struct Fp4 {
                 const __m512i bytes = _mm512_loadu_si512(p[r] + 16 * b);
                 vec part{};
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) part = Chunk<bf16>::mad(part, x[i], quarter(bytes, codes, i));
+                for (int i = 0; i < 4; i++) part = Chunk::mad(part, x[i], quarter(bytes, codes, i));
                 sum[r] = (vec)_mm512_fmadd_ps((__m512)part, (__m512)scales(s[r] + b), (__m512)sum[r]);
             }
         }
         for (; b < K >> 5; b++) {
-            Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
-            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + 16 * b, s[r][b]));
+            Chunk x = Chunk::take(a + 32 * b);
+            for (int r = 0; r < 16; r++) sum[r] = Chunk::mad(sum[r], x, take(p[r] + 16 * b, s[r][b]));
         }
         return lane_sums(sum);
     }
@@ -251,16 +253,16 @@ struct Fp4 {
             for (int half = 0; half < 2; half++) {
                 vec part[8] = {};
                 for (int i = 0; i < 4; i++) {
-                    Chunk<bf16> x[2];
+                    Chunk x[2];
                     for (int r = 0; r < 2; r++) {
-                        x[r] = Chunk<bf16>::take(a + 128 * i + 32 * (2 * half + r));
+                        x[r] = Chunk::take(a + 128 * i + 32 * (2 * half + r));
                         KEEP(x[r].v);
                     }
 #pragma GCC unroll 4
                     for (int c = 0; c < 4; c++) {
-                        Chunk<bf16> y = Chunk<bf16>::take(b + 128 * i + 32 * c);
+                        Chunk y = Chunk::take(b + 128 * i + 32 * c);
                         KEEP(y.v);
-                        for (int r = 0; r < 2; r++) part[4 * r + c] = Chunk<bf16>::mad(part[4 * r + c], x[r], y);
+                        for (int r = 0; r < 2; r++) part[4 * r + c] = Chunk::mad(part[4 * r + c], x[r], y);
                     }
                 }
 #pragma GCC unroll 8
@@ -272,7 +274,7 @@ struct Fp4 {
         for (long k = 0; k < (K & 127); k += 32, a += 128, b += 128)
             for (int r = 0; r < 4; r++)
                 for (int c = 0; c < 4; c++)
-                    sum[4 * r + c] = Chunk<bf16>::mad(sum[4 * r + c], Chunk<bf16>::take(a + 32 * r), Chunk<bf16>::take(b + 32 * c));
+                    sum[4 * r + c] = Chunk::mad(sum[4 * r + c], Chunk::take(a + 32 * r), Chunk::take(b + 32 * c));
         return lane_sums(sum);
     }
 #else
@@ -287,12 +289,12 @@ struct Fp4 {
 #endif
         vec sum[16] = {};
         for (long b = 0; b < K >> 5; b++) {
-            Chunk<bf16> x = Chunk<bf16>::take(a + 32 * b);
-            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + 16 * b, s[r][b]));
+            Chunk x = Chunk::take(a + 32 * b);
+            for (int r = 0; r < 16; r++) sum[r] = Chunk::mad(sum[r], x, take(p[r] + 16 * b, s[r][b]));
         }
         return lane_sums(sum);
     }
-    static constexpr bool ordered = false;
+    static const bf16* seen(const bf16* x, bf16*, long) { return x; }
     static long room(long K) { return 4 * K; }
     void group(long n, long end, bf16* out) const { pack<4>(n, end, out); }
     static vec dots4x4(const bf16* a, const bf16* b, long K) { return ::dots4x4(a, b, room(K)); }
@@ -301,7 +303,6 @@ struct Fp4 {
 
 // Rows of E4M3; a scale for every 128 x 128.
 struct Fp8 {
-    typedef bf16 X;
     const uint8_t *w, *scale;
     long K, across;  // across: scales of a row
     Fp8(const void* elements, const void* scale, long K)
@@ -313,27 +314,27 @@ struct Fp8 {
             for (int i = 0; i < 2; i++) high[i] = _mm512_load_si512(tables.fp8[s][i]), low[i] = _mm512_load_si512(tables.fp8[s][2 + i]);
         }
     };
-    static void both(__m512i b, const Scale& s, Chunk<bf16>* c) {
+    static void both(__m512i b, const Scale& s, Chunk* c) {
         b = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), b);  // so that the two halves come out in order
         __m512i low = _mm512_permutex2var_epi8(s.low[0], b, s.low[1]), high = _mm512_permutex2var_epi8(s.high[0], b, s.high[1]);
         high = _mm512_ternarylogic_epi32(high, b, _mm512_set1_epi8(-128), 0xf8);  // high | sign
         c[0].v = (bits)_mm512_unpacklo_epi8(low, high), c[1].v = (bits)_mm512_unpackhi_epi8(low, high);
     }
-    static void take2(const uint8_t* p, const Scale& s, Chunk<bf16>* c) { both(_mm512_loadu_si512(p), s, c); }
-    static Chunk<bf16> take(const uint8_t* p, const Scale& s) {
-        Chunk<bf16> c[2];
+    static void take2(const uint8_t* p, const Scale& s, Chunk* c) { both(_mm512_loadu_si512(p), s, c); }
+    static Chunk take(const uint8_t* p, const Scale& s) {
+        Chunk c[2];
         both(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)), s, c);
         return c[0];
     }
 #else
     typedef int Scale;
-    static Chunk<bf16> looked_up(const uint8_t* p, int s) {
+    static Chunk looked_up(const uint8_t* p, int s) {
         uint16_t out[32];
         for (int i = 0; i < 32; i++) {
             int at = p[i] & 127;
             out[i] = uint16_t(tables.fp8[s][at >> 6][at & 63] << 8 | tables.fp8[s][2 + (at >> 6)][at & 63] | (p[i] & 128) << 8);
         }
-        Chunk<bf16> c;
+        Chunk c;
         memcpy(&c, out, 64);
         return c;
     }
@@ -348,18 +349,18 @@ struct Fp8 {
         return {{_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(odd)), size), _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(even)), size),
                  _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)), size), _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)), size)}};
     }
-    static Chunk<bf16> take(const uint8_t* p, int s) { return s >= LEAST && s <= MOST ? wide(p, s).chunk() : looked_up(p, s); }
+    static Chunk take(const uint8_t* p, int s) { return s >= LEAST && s <= MOST ? wide(p, s).chunk() : looked_up(p, s); }
 #else
-    static Chunk<bf16> take(const uint8_t* p, int s) { return looked_up(p, s); }
+    static Chunk take(const uint8_t* p, int s) { return looked_up(p, s); }
 #endif
-    static void take2(const uint8_t* p, int s, Chunk<bf16>* c) { c[0] = take(p, s), c[1] = take(p + 32, s); }
+    static void take2(const uint8_t* p, int s, Chunk* c) { c[0] = take(p, s), c[1] = take(p + 32, s); }
 #endif
     template <long R> APART void pack(long n, long end, bf16* out) const {
         for (long k = 0; k < K; k += 64)
             for (int r = 0; r < R; r++) {
                 long row = std::min(n + r, end - 1);
                 Scale s(scale[row / 128 * across + k / 128]);
-                Chunk<bf16> c[2];
+                Chunk c[2];
                 if (k + 64 <= K) take2(w + row * K + k, s, c), memcpy((void*)(out + 32 * (R + r)), &c[1], 64);
                 else c[0] = take(w + row * K + k, s);
                 memcpy((void*)(out + 32 * r), &c[0], 64);
@@ -371,26 +372,28 @@ struct Fp8 {
         vec sum[16] = {};
         long k = 0;
         for (; k + 128 <= K; k += 128) {
-            Chunk<bf16> x[4];
+            Chunk x[4];
             for (int i = 0; i < 4; i++) {
-                x[i] = Chunk<bf16>::take(a + k + 32 * i);
+                x[i] = Chunk::take(a + k + 32 * i);
                 KEEP(x[i].v);
             }
             const Scale first(s[0][k >> 7]);
+#ifdef LANES_AVX512
 #pragma GCC unroll 16
+#endif
             for (int r = 0; r < 16; r++) {
                 const Scale mine = one ? first : Scale(s[r][k >> 7]);
                 for (int i = 0; i < 4; i += 2) {
                     ahead(p[r] + k + 32 * i, K);
-                    Chunk<bf16> c[2];
+                    Chunk c[2];
                     take2(p[r] + k + 32 * i, mine, c);
-                    sum[r] = Chunk<bf16>::mad(Chunk<bf16>::mad(sum[r], x[i], c[0]), x[i + 1], c[1]);
+                    sum[r] = Chunk::mad(Chunk::mad(sum[r], x[i], c[0]), x[i + 1], c[1]);
                 }
             }
         }
         for (; k < K; k += 32) {
-            Chunk<bf16> x = Chunk<bf16>::take(a + k);
-            for (int r = 0; r < 16; r++) sum[r] = Chunk<bf16>::mad(sum[r], x, take(p[r] + k, Scale(s[r][k >> 7])));
+            Chunk x = Chunk::take(a + k);
+            for (int r = 0; r < 16; r++) sum[r] = Chunk::mad(sum[r], x, take(p[r] + k, Scale(s[r][k >> 7])));
         }
         return lane_sums(sum);
     }
@@ -403,10 +406,14 @@ struct Fp8 {
 #ifdef LANES_AVX2
         if (moderate(s, across, LEAST, MOST)) return wide_dots(a, p, K, 32, [&](const uint8_t* at, int r, long b) { return wide(at, s[r][b >> 2]); });
 #endif
-        return s[0] == s[15] ? dots16<true>(a, p, s) : dots16<false>(a, p, s);
+#ifdef LANES_AVX512
+        if (s[0] == s[15]) return dots16<true>(a, p, s);
+#endif
+        return dots16<false>(a, p, s);
     }
-    static constexpr bool ordered = false;
+    static const bf16* seen(const bf16* x, bf16*, long) { return x; }
     static long room(long K) { return 4 * K; }
     void group(long n, long end, bf16* out) const { pack<4>(n, end, out); }
     static vec dots4x4(const bf16* a, const bf16* b, long K) { return ::dots4x4(a, b, room(K)); }
 };
+#endif
