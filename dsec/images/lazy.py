@@ -207,19 +207,19 @@ def serve(images: Images, digest: str, latency: float = 0.0) -> Path:
     _fetch_trace(images, digest)
     read, write = os.pipe()
     command = [sys.executable, "-m", "dsec.images.lazy", str(images.folder), digest, str(write), str(latency)]
-    with open(folder / "log", "ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[write],
-            start_new_session=True,
-            env={**os.environ, "DSEC_STORE": str(images.url)},
-        )
-    os.close(write)
-    ahead = Ahead(Served(images.folder, digest, latency, str(images.url)))  # its start takes longer than most traces
     with open(read, "rb", buffering=0) as pipe:
+        with open(write, "wb"), open(folder / "log", "ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[write],
+                start_new_session=True,
+                env={**os.environ, "DSEC_STORE": str(images.url)},
+            )
+        served = Served(images.folder, digest, latency, str(images.url))
+        ahead = Ahead(served)  # its start takes longer than most traces
         told = select.poll()  # takes descriptors above 1,023, which select refuses
         told.register(pipe, select.POLLIN)
         mounted = told.poll(READY_SECONDS * 1000) and pipe.read(1) == b"m"

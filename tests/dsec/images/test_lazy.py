@@ -121,6 +121,18 @@ def test_a_process_with_a_thousand_open_files_mounts_on_demand(tmp_path: Path, p
     assert (mounted / "f7").read_bytes() == want(tmp_path, 7)
 
 
+def test_a_server_that_cannot_be_started_leaves_no_descriptor(
+    pushed: tuple[Images, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, name, _ = pushed
+    images.get(name)
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError):
+        images.mount(name)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_what_was_fetched_stays_fetched(tmp_path: Path, pushed: tuple[Images, str, str]) -> None:
     images, name, digest = pushed
     (mounted,) = images.mount(name)
