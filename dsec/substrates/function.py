@@ -6,8 +6,8 @@
                           host files that everybody may read: a container is the next step, not this.
 
 A call names a function that a module in DSEC_FUNCTIONS (of the Edge: "mine,theirs.more") has put through `register`, as
-"module:name", or is code that defines main(). Arguments and values
-are JSON both ways; nothing of a worker is unpickled. `image` chooses the variant ("host" means forked).
+"module:name", or is code that defines main(). Arguments and values are JSON both ways; nothing of a worker is
+unpickled. `image` chooses the variant ("host" means forked).
 """
 
 from __future__ import annotations

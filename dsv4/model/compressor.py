@@ -17,8 +17,7 @@ from dsv4.model.state import Compression
 
 class Compressor(nn.Module):
     """Entries of width ``dim``. With overlap (CSA) each projection has two halves and an entry pools 2 m slots: the
-    first
-    half of the previous window's tokens and the second half of the current window's."""
+    first half of the previous window's tokens and the second half of the current window's."""
 
     def __init__(self, config: Config, layer: Layer, dim: int) -> None:
         super().__init__()

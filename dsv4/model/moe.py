@@ -20,8 +20,7 @@ from dsv4.model.layers import Linear, unrounded
 
 class Gate(nn.Module):
     """The router. Learned layers select by score + ``bias`` (balancing only: it never enters a weight); hash layers
-    read
-    their experts from ``tid2eid`` by token id. Weights come from the scores in both."""
+    read their experts from ``tid2eid`` by token id. Weights come from the scores in both."""
 
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__()

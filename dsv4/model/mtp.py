@@ -14,9 +14,8 @@ from dsv4.model.state import LayerState
 
 
 class MTP(Block):
-    """Input at slot t: the trunk's streams before their collapse, and the embedding of token t + 1. Embedding and
-    head are
-    the trunk's; projections, stream head and final norm are its own."""
+    """Input at slot t: the trunk's streams before their collapse, and the embedding of token t + 1. Embedding and head
+    are the trunk's; projections, stream head and final norm are its own."""
 
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__(config, layer)
@@ -36,8 +35,7 @@ class MTP(Block):
         trace: Trace | None,
     ) -> tuple[Tensor, Tensor]:
         """streams [B, T, n, D], next_embedding [B, T, D], next_ids int64 [B, T] -> hidden [B, T, D] for the head (it
-        predicts
-        token t + 2), and the block's own streams (for drafting further)."""
+        predicts token t + 2), and the block's own streams (for drafting further)."""
         z = self.e_proj(self.enorm(next_embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(streams))
         out = super().forward(z, next_ids, plan, memory, trace)
         return self.norm(self.exit(out)), out

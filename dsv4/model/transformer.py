@@ -25,10 +25,8 @@ from dsv4.model.state import State
 @dataclass
 class TrainOutput:
     """What a training step needs. hidden and mtp_hidden [B, T, D] go through `Transformer.logits`; slot t predicts
-    token
-    t + 1, and t + 2 for MTP. load: int64 [E] per learned router. The losses are unweighted means over layers'
-    queries or rows,
-    summed over layers."""
+    token t + 1, and t + 2 for MTP. load: int64 [E] per learned router. The losses are unweighted means over layers'
+    queries or rows, summed over layers."""
 
     hidden: Tensor
     mtp_hidden: Tensor | None
@@ -67,9 +65,8 @@ class Transformer(Site):
     def forward(self, ids: Tensor, state: State | None = None, lengths: Tensor | list[int] | None = None) -> Tensor:
         """ids int64 [B, T] -> logits float32 [B, T, vocab_size].
 
-        With a ``state`` the tokens are appended to it; any chunking gives the same logits. ``lengths`` int64 [B]:
-        row b has
-        that many real tokens, the rest is padding on the right (its logits mean nothing and it leaves no trace).
+        With a ``state`` the tokens are appended to it; any chunking gives the same logits. ``lengths`` int64 [B]: row b
+        has that many real tokens, the rest is padding on the right (its logits mean nothing and it leaves no trace).
         """
         streams, _ = self._trunk(ids, state, lengths, None, None)
         return self.logits(self._final(streams))
@@ -90,8 +87,8 @@ class Transformer(Site):
 
     def train_forward(self, ids: Tensor, documents: Tensor, indexer: str = "sparse", mtp: bool = True) -> TrainOutput:
         """Packed samples. ids, documents int64 [B, T]: equal neighbours in ``documents`` are one sample, and samples
-        never see
-        each other. ``indexer``: "off" (dense), "warmup" (dense; only the indexer gets gradients) or "sparse"."""
+        never see each other. ``indexer``: "off" (dense), "warmup" (dense; only the indexer gets gradients) or
+        "sparse"."""
         if indexer not in ("off", "warmup", "sparse"):
             raise ValueError(f"indexer must be off, warmup or sparse, got {indexer!r}")
         trace = Trace(indexer)
@@ -119,8 +116,8 @@ class Transformer(Site):
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Transformer:
         """Normal(0, initializer_range) matrices; norms 1; mHC gates 0.01 and static maps that start at the plain
-        residual
-        (pre = 1/n, post = 1, comb close to the identity); hash tables spread every id over K distinct experts."""
+        residual (pre = 1/n, post = 1, comb close to the identity); hash tables spread every id over K distinct
+        experts."""
         config, generator = self.config, torch.Generator().manual_seed(seed)
         n = config.hc_mult
         for name, p in self.named_parameters():

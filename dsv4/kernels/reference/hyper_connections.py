@@ -55,9 +55,8 @@ def _one(streams: Tensor) -> bool:
 def hc_enter(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, rms_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eqs. 3-8. streams [..., n, D] -> the sub-layer's input [..., D] (mixed from un-normalised streams), and
-    float32 maps
-    post [..., n] and comb [..., n, n] for `hc_leave`.
+    """Eqs. 3-8. streams [..., n, D] -> the sub-layer's input [..., D] (mixed from un-normalised streams), and float32
+    maps post [..., n] and comb [..., n, n] for `hc_leave`.
 
     fn float32 [(2 + n) n, n D], base [(2 + n) n], scale [3]; rows are n pre, n post, n x n comb (row-major).
     pre = sigmoid + eps, post = 2 sigmoid, comb = Sinkhorn.
