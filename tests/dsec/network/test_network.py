@@ -186,7 +186,7 @@ def test_ports_are_forwarded_where_the_policy_allows(host: Host, address: str) -
     with host.create(network={"allow_in": [8000]}, timeout=120) as box:
         box.files.write("/srv/data", BIG)
         box.commands.run(["/usr/bin/python3", "-c", code], background=True, timeout=100)
-        box.commands.run("until grep -q ':1F40 ' /proc/net/tcp*; do sleep 0.02; done")
+        box.commands.run("until grep -q ':1F40 .* 0A ' /proc/net/tcp*; do sleep 0.02; done")
         name = box.get_host(8000)
         assert name == box.get_host(8000) and name.startswith("127.0.0.1:")
         for _ in range(3):

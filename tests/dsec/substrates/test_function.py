@@ -91,7 +91,7 @@ async def gone(box: Functions) -> bool:
 LIE = """
 import os, stat, struct, threading
 def main():
-    (fd,) = [n for n in range(3, 20) if os.path.exists(f'/proc/self/fd/{n}') and stat.S_ISSOCK(os.fstat(n).st_mode)]
+    (fd,) = [n for n in range(3, 4096) if os.path.exists(f'/proc/self/fd/{n}') and stat.S_ISSOCK(os.fstat(n).st_mode)]
     say = lambda: os.write(fd, struct.pack('<I', 12) + b'["value", 7]')
     threading.Timer(0.1, say).start()
 """
