@@ -108,8 +108,9 @@ APART void index_scores(const S* q, const float* weight, const uint32_t* turned,
 // chosen [B, T, K] int32, count [B, T] int32: the entries low <= e < high each query reads, its top K by index score.
 // q [B, T, H, dim], weight [B, T, H], keys: row b begins at keys + b * key_stride; H a multiple of HEADS. turned: room for E keys in
 // blocks of 32, scores for 8 queries.
-extern "C" void choose(const S* q, const float* weight, const S* keys, const int64_t* low, const int64_t* high, int32_t* chosen, int32_t* count, long B,
-            long T, long E, long key_stride, long H, long dim, long K, uint32_t* turned, float* scores) {
+extern "C" void choose(const S* q, const float* weight, const S* keys, const int64_t* low, const int64_t* high, int32_t* chosen,
+                       int32_t* count, long B, long T, long E, long key_stride, long H, long dim, long K, uint32_t* turned,
+                       float* scores) {
     const long w = words(dim), blocks = (E + 31) / 32, wide = blocks * 32;
     const bool worth = E * H * dim * B * T > 2000000, few = B * T < 8;  // few queries: threads share the keys
     for (long b = 0; b < B; b++) {
@@ -259,8 +260,8 @@ struct Reader {
 // out [B, T, H, d], H a multiple of HEADS. Near rows near_from <= r < near_to of near [B, N, d]; far rows: chosen [B, T, K] with
 // count, or (K = 0) all of far_low <= e < far_high. far: row b begins at far + b * far_stride.
 extern "C" void attend(const S* q, const S* near, const int32_t* near_from, const int32_t* near_to, const S* far, const int32_t* chosen,
-            const int32_t* count, const int64_t* far_low, const int64_t* far_high, const float* sink, S* out, long B, long T, long H, long d,
-            long N, long far_stride, long K, float scale) {
+                       const int32_t* count, const int64_t* far_low, const int64_t* far_high, const float* sink, S* out, long B, long T,
+                       long H, long d, long N, long far_stride, long K, float scale) {
     auto read = [=](long at, bool together) APART {  // one query, by this thread or by all
         const long b = at / T, near_n = near_to[at] - near_from[at];
         const long n = near_n + (far ? (K ? count[at] : far_high[at] - far_low[at]) : 0), wide = (n + 31) / 32 * 32;

@@ -4,7 +4,6 @@
 // Every sum has one fixed order that depends on the row's length alone: lane l takes elements l, l + 16, ... (pairs of them
 // for bf16), and the 16 lanes are added as a tree. So a result never depends on the tile, the batch or the thread that made it.
 #pragma once
-#include "scalar.h"
 #include "vec.h"
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define LANES_AVX512 1

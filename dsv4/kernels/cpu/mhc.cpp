@@ -3,7 +3,6 @@
 // accumulators, so results do not depend on timing.
 #include <vector>
 
-#include "scalar.h"
 #include "vec.h"
 
 namespace {
@@ -91,8 +90,8 @@ APART void map_dots(const float* f, const float* v, long P, long M, float* dots)
 
 }  // namespace
 
-extern "C" void enter_forward(const S* X, const float* fn, const float* base, const float* scale, S* x, float* pre, float* post, float* comb,
-                   float* u, float* r, long begin, long end, long D, int iterations, float rms_eps, float eps) {
+extern "C" void enter_forward(const S* X, const float* fn, const float* base, const float* scale, S* x, float* pre, float* post,
+                              float* comb, float* u, float* r, long begin, long end, long D, int iterations, float rms_eps, float eps) {
     long M = n * D, P = M + pad;
     std::vector<float> buffer(size_t(end - begin > 1 ? group : 1) * P);
     Sinkhorn sinkhorn;
@@ -156,9 +155,9 @@ void row_backward(const float* __restrict f, float* __restrict df, float* __rest
 
 }  // namespace
 
-extern "C" void enter_backward(const S* dx, const float* dpost, const float* dcomb, const S* X, const float* fn, const float* base, const float* scale,
-                    const float* pre, const float* post, const float* u, const float* r, S* dX, float* dfn, float* dbase, float* dscale,
-                    long begin, long end, long D, int iterations, float eps) {
+extern "C" void enter_backward(const S* dx, const float* dpost, const float* dcomb, const S* X, const float* fn, const float* base,
+                               const float* scale, const float* pre, const float* post, const float* u, const float* r, S* dX, float* dfn,
+                               float* dbase, float* dscale, long begin, long end, long D, int iterations, float eps) {
     long M = n * D, P = M + pad;
     std::vector<float> buffer(size_t(2 * group) * P);
     Sinkhorn sinkhorn;
@@ -235,8 +234,8 @@ extern "C" void leave_forward(const S* X, const S* y, const float* post, const f
     }
 }
 
-extern "C" void leave_backward(const S* dout, const S* X, const S* y, const float* post, const float* comb, S* dX, S* dy, float* dpost, float* dcomb,
-                    long begin, long end, long D) {
+extern "C" void leave_backward(const S* dout, const S* X, const S* y, const float* post, const float* comb, S* dX, S* dy, float* dpost,
+                               float* dcomb, long begin, long end, long D) {
     for (long t = begin; t < end; t++) {
         const S *x = X + t * n * D, *yt = y + t * D, *g = dout + t * n * D;
         const float *p = post + t * n, *c = comb + t * 16;

@@ -4,7 +4,7 @@
 #include "scalar.h"
 #include "share.h"
 
-typedef Ref<const S*(long)> Row;                          // where x[m] lies
+typedef Ref<const S*(long)> Row;                         // where x[m] lies
 typedef Ref<void(long, long, const float*, long)> Emit;  // (m, n, sums, count): results of row m from column n on
 
 // N rows of K elements: as plain as x, or (where x is bf16) packed: `bits` is 8 for E4M3 with a scale for 128 x 128, 4 for E2M1 with one

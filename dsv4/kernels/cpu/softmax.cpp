@@ -7,22 +7,14 @@
 
 namespace {
 
-// exp for x <= 0, about 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2]. Branch-free, so that it fills vector lanes.
+// exp for x <= 0, about 2 ulp. Branch-free, so that it fills vector lanes.
 inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;
     float k = std::nearbyint(x * 1.44269504f);
-    float f = x - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
     int32_t bits = (int32_t(k) + 127) << 23;
     float scale;
     __builtin_memcpy(&scale, &bits, 4);
-    return p * scale;
+    return exp_rest(x, k) * scale;
 }
 
 float top_of(const S* __restrict z, const uint8_t* __restrict mask, float* __restrict buffer, long count, float scale, float top) {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "scalar.h"
+
 #define APART __attribute__((noinline))  // what many callers share: compiled once
 
 typedef float vec __attribute__((vector_size(64)));
@@ -34,22 +36,14 @@ APART inline vec lane_sums(vec* a) {
 #undef SHUFFLE
 }
 
-// exp for x <= 0, about 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2].
+// exp for x <= 0, about 2 ulp.
 inline vec exp16(vec x) {
     vec low = splat(-87.0f);
     x = x < low ? low : x;
     vec k = x * 1.44269504f;
     ints n = __builtin_convertvector(k + (k < 0 ? splat(-0.5f) : splat(0.5f)), ints);
     k = __builtin_convertvector(n, vec);
-    vec f = x - k * 0.693359375f + k * 2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    return p * (vec)((n + 127) << 23);
+    return exp_rest(x, k) * (vec)((n + 127) << 23);
 }
 
 // 16 rows of w words -> [w][16]. The compiler's shuffles are as good as ours here: 16 x 16 words at a time.
